@@ -1,0 +1,1 @@
+"""Raw files to batches: readers, shards, order, transforms, loader."""

@@ -1,0 +1,1 @@
+"""One file a family; names and numbers in zoo.py."""

@@ -1,0 +1,185 @@
+"""The nouns that travel between the rooms: Sample, DatasetInfo, Batch, Recipe.
+
+`Sample` and `DatasetInfo` never see torch, so that sharding works where torch is not installed. The
+types that hold tensors name them in annotations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch import device as torch_device
+
+Task = Literal["classification", "segmentation", "detection"]
+
+IGNORE_INDEX = 255
+"""Label, in every target tensor, of pixels that neither train nor score."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetInfo:
+    """What is known of a data set without opening it.
+
+    Args:
+        name: the reader's name.
+        tasks: what its samples can train.
+        class_names: foreground classes in the order of their ids 0..K-1 (segmentation: all that
+            are scored).
+        palette: K colours (red, green, blue), 0..255, for drawing.
+        splits: the names of its splits; the first one trains.
+        ignore_ids: values in the mask files that mean "do not train or score here".
+        licence: licence or terms of use in a few words.
+        url: where the data set is described or had from; empty for generated data.
+        citation: one line.
+        layout: the expected tree on disk, as a user would draw it.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    splits: tuple[str, ...]
+    ignore_ids: tuple[int, ...]
+    licence: str
+    url: str
+    citation: str
+    layout: str
+
+    @property
+    def num_classes(self) -> int:
+        """Number of foreground classes."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """One object: corners in pixels of the stored image, edges at pixel borders (w = x2 - x1)."""
+
+    class_id: int
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    difficult: bool = False
+    crowd: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with everything known about it, encoded as it is stored.
+
+    Args:
+        key: unique in its split, without dots or slashes (a WebDataset key ends at the first dot).
+        image: the bytes of a JPEG or PNG file.
+        image_format: which of the two.
+        source: the raw image file, for error messages.
+        mask: the bytes of a single-channel 8-bit PNG of class ids with the image's size.
+        label: class id of the whole image.
+        boxes: the objects; an empty tuple says that there are none, None that nobody looked.
+    """
+
+    key: str
+    image: bytes
+    image_format: Literal["jpg", "png"]
+    source: str
+    mask: bytes | None = None
+    label: int | None = None
+    boxes: tuple[Box, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step takes.
+
+    Args:
+        images: (B, 3, H, W) float32, normalised by the ImageNet mean and deviation.
+        target: int64; segmentation (B, H, W) with ids 0..K-1 or IGNORE_INDEX, classification (B,).
+        keys: the B sample keys.
+        sizes: the B original (height, width) in pixels.
+    """
+
+    images: Tensor
+    target: Tensor
+    keys: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+    def to(self, device: str | torch_device, channels_last: bool = False) -> Batch:
+        """Return this batch on `device`; pinned memory is copied without waiting."""
+        import torch  # noqa: PLC0415 (this module is imported where torch is not installed)
+
+        memory_format = torch.channels_last if channels_last else torch.preserve_format
+        images = self.images.to(device, non_blocking=True, memory_format=memory_format)
+        return Batch(images, self.target.to(device, non_blocking=True), self.keys, self.sizes)
+
+
+MeanOverRanks = Callable[["Tensor"], "Tensor"]
+"""Averages a tensor over all ranks without gradient; the identity in a single process."""
+
+
+def identity_mean(value: Tensor) -> Tensor:
+    """Return `value`: the mean over ranks when there is only one."""
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A model with what turns its outputs into a loss and into predictions.
+
+    Args:
+        model: plain module with only `forward(images (B, 3, H, W))`.
+        loss: (outputs, target, mean_over_ranks) -> named scalars; "loss" is the one to descend, the
+            others are reported. A sum over samples or pixels is divided by a count that does not
+            depend on how the batch was split over ranks, for which it may ask `mean_over_ranks`.
+        decode: (outputs, (height, width)) -> prediction. Segmentation: (B, K, height, width);
+            classification: (B, K), both logits; detection: torchvision's list of dicts.
+        task: what the model is for.
+    """
+
+    model: nn.Module
+    loss: Callable[[Any, Tensor, MeanOverRanks], dict[str, Tensor]]
+    decode: Callable[[Any, tuple[int, int]], Any]
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What `xattn models` prints about one model.
+
+    Args:
+        name: the model's name in `create_model`.
+        system: the paper's system, e.g. "HILA".
+        task: what it is for.
+        num_classes: classes at which the numbers below were counted (the paper's own).
+        input: (channels, height, width) at which MACs were counted.
+        params: trainable parameters.
+        macs: multiply-adds of one forward pass, by the counting rule of `evaluate.cost`.
+        paper_params: as printed in the paper, in units; None where it does not say.
+        paper_macs: likewise.
+        source: paper and table.
+        notes: anything a reader must know before comparing.
+    """
+
+    name: str
+    system: str
+    task: Task
+    num_classes: int
+    input: tuple[int, int, int]
+    params: int
+    macs: int
+    paper_params: float | None
+    paper_macs: float | None
+    source: str
+    notes: str = ""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts of a long job, given to whoever draws a bar or writes a log."""
+
+    done: int
+    total: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
