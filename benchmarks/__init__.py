@@ -1,0 +1,1 @@
+"""Ourselves beside peers, measured in one run."""

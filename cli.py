@@ -1,0 +1,300 @@
+"""The command line: `xattn ...`, the same as `python cli.py ...`.
+
+Imports nothing heavy at the top, so that --help answers at once; each command imports what it
+needs.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xattn.structures import Task
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich takes longer to import than all the rest
+    pretty_exceptions_enable=False,
+    help="Cross-layer-attention vision models: trained, compared and served from one pipeline.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Name = Annotated[str, typer.Argument(help="A name from params.yaml.", show_default=False)]
+
+
+def main() -> None:
+    """Run the command line; faults that the user can mend are one line and an exit code."""
+    from pipelines.edge import run_to_exit
+
+    run_to_exit(app)
+
+
+@app.command()
+def models(
+    task: Annotated[Task | None, typer.Option(help="Only models for this task.")] = None,
+    system: Annotated[str | None, typer.Option(help="Only models of this system.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the models with parameters and multiply-adds, ours beside the paper's."""
+    from dataclasses import asdict
+
+    from xattn.models.zoo import list_models, model_card
+
+    cards = [model_card(name) for name in list_models(task, system)]
+    if as_json:
+        _print_json([asdict(card) for card in cards])
+        return
+    rows = [("model", "system", "task", "classes", "input", "params", "MACs G", "paper", "source")]
+    for card in cards:
+        paper = "-" if card.paper_params is None else f"{card.paper_params / 1e6:.1f} M"
+        if card.paper_macs is not None:
+            paper += f", {card.paper_macs / 1e9:.1f} G"
+        size = "x".join(str(side) for side in card.input[1:])
+        counts = (f"{card.params:,}", f"{card.macs / 1e9:.2f}")
+        rows.append(
+            (
+                card.name,
+                card.system,
+                card.task,
+                str(card.num_classes),
+                size,
+                *counts,
+                paper,
+                card.source,
+            )
+        )
+    _print_table(rows)
+
+
+@app.command()
+def datasets(
+    name: Annotated[str | None, typer.Argument(help="One reader, in full.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the data set readers, or say what one expects on disk."""
+    from xattn.data.datasets import list_readers, load_reader
+
+    if name is None:
+        readers = [
+            {
+                "name": reader,
+                "about": _first_line(load_reader(reader).__doc__),
+                "url": load_reader(reader).URL,
+            }
+            for reader in list_readers()
+        ]
+        if as_json:
+            _print_json(readers)
+        else:
+            _print_table([(reader["name"], reader["about"]) for reader in readers])
+        return
+    reader = load_reader(name)
+    fields = {key: str(field.default) for key, field in reader.Settings.model_fields.items()}
+    layout = getattr(reader, "LAYOUT", "")
+    if as_json:
+        _print_json({"name": name, "about": reader.__doc__, "settings": fields, "layout": layout})
+        return
+    print((reader.__doc__ or "").strip(), "\n")
+    print("on disk:\n" + layout if layout else "", "\nsettings and their defaults:")
+    _print_table([(f"  {key}", value) for key, value in fields.items()])
+
+
+preset_app = typer.Typer(no_args_is_help=False, invoke_without_command=True)
+app.add_typer(
+    preset_app, name="preset", help="List the complete params files, or make one the active."
+)
+
+
+@preset_app.callback()
+def preset(context: typer.Context) -> None:
+    """List the presets."""
+    if context.invoked_subcommand is None:
+        from xattn.config import list_presets, preset_path
+
+        about = [(name, _about(preset_path(name))) for name in list_presets()]
+        _print_table(about)
+
+
+@preset_app.command("use")
+def preset_use(
+    name: Annotated[str, typer.Argument(help="A preset.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option(help="Overwrite a params.yaml with changes of yours.")
+    ] = False,
+) -> None:
+    """Make a preset the params.yaml of this folder."""
+    from xattn.config import list_presets, preset_path
+    from xattn.errors import ConfigError
+    from xattn.storage import copy_atomic
+
+    source, target = preset_path(name), Path("params.yaml")
+    known = {preset_path(other).read_bytes() for other in list_presets()}
+    if target.exists() and target.read_bytes() not in known and not force:
+        raise ConfigError("params.yaml: has changes of yours; keep a copy, then `--force`")
+    copy_atomic(source, target)
+    print(f"params.yaml is now the preset '{name}'; `dvc repro` runs it")
+
+
+@app.command()
+def shard(
+    name: Annotated[str, typer.Argument(help="A data set of params.yaml, or a reader.")],
+    root: Annotated[Path | None, typer.Option(help="The raw files, for a reader.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The shard folder, for a reader.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a raw data set into WebDataset shards with an index."""
+    from pipelines.shard import shard as shard_configured
+    from pipelines.shard import write_dataset
+    from xattn.data.datasets import DatasetConfig
+
+    base = Path.cwd()
+    if out is None:
+        index = shard_configured(name, base)
+    else:
+        dataset = DatasetConfig(reader=name, root=None if root is None else str(root.resolve()))
+        index = write_dataset(name, dataset, base, out)
+    counts = {split: summary.count for split, summary in index.splits.items()}
+    if as_json:
+        _print_json({"path": str(index.root), "samples": counts, "fingerprint": index.fingerprint})
+    else:
+        print(f"{index.root}: {counts}, fingerprint {index.fingerprint[:12]}")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A shard folder.", show_default=False)],
+    deep: Annotated[
+        bool, typer.Option(help="Check every field's bytes, not the shards alone.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare shards with their index; exit 3 when something is damaged."""
+    from dataclasses import asdict
+
+    from xattn.data.index import verify as find_damage
+
+    findings = find_damage(path, deep)
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print(finding)
+        print(f"{path}: {len(findings)} faults" if findings else f"{path}: sound")
+    if findings:
+        raise typer.Exit(3)
+
+
+@app.command()
+def train(name: Name) -> None:
+    """Train one run of params.yaml, from wherever an earlier attempt left it."""
+    from pipelines.finetune import finetune
+    from pipelines.pretrain import pretrain
+    from xattn.config import load_config
+
+    base = Path.cwd()
+    is_pretraining = name in load_config(base / "params.yaml").pretrain_runs
+    print((pretrain if is_pretraining else finetune)(name, base))
+
+
+@app.command()
+def evaluate(name: Name, as_json: AsJson = False) -> None:
+    """Score a trained run by the protocol of params.yaml."""
+    from pipelines.evaluate import evaluate as evaluate_run
+    from pipelines.evaluate import headline
+
+    metrics = evaluate_run(name, Path.cwd())
+    if as_json:
+        _print_json(metrics)
+    else:
+        print(headline(metrics))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="A run of params.yaml, or a model folder.")],
+    image: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
+    out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("predictions"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Draw what a trained model sees: an overlay with a legend for each image."""
+    from pipelines.predict import predict_images
+
+    folder = Path(model)
+    if not (folder / "model.json").exists():
+        from xattn.places import find_model_dir
+
+        folder = find_model_dir(Path.cwd(), model)
+    count = predict_images(folder, image, out, device)
+    print(f"{count} pictures in {out}")
+
+
+@app.command()
+def report(
+    show: Annotated[
+        bool, typer.Option(help="Only print the last report's table and place.")
+    ] = False,
+) -> None:
+    """Write the report of everything under results/."""
+    from pipelines.report import print_summary
+    from pipelines.report import report as write_report
+
+    base = Path.cwd()
+    if not show:
+        write_report(base)
+    print_summary(base)
+
+
+bench_app = typer.Typer(no_args_is_help=True)
+app.add_typer(bench_app, name="bench", help="Measure ourselves beside peers, in one run.")
+
+
+@bench_app.command("engine")
+def bench_engine(
+    steps: Annotated[int, typer.Option(help="Steps of each turn.")] = 10,
+    turns: Annotated[int, typer.Option(help="Interleaved turns of each loop.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a training step of ours with the same step in a bare torch loop."""
+    from benchmarks.engine import measure
+
+    result = measure(steps, turns)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_table([(key, str(value)) for key, value in result.items()])
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print aligned columns; the last one is cut to the terminal's width."""
+    widths = (
+        [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    )
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(line.rstrip()[:room])
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]
+
+
+def _about(preset: Path) -> str:
+    """Return the sentence that a preset's head comment starts its last paragraph with."""
+    comments = [
+        line[1:].strip() for line in preset.read_text().splitlines() if line.startswith("#")
+    ]
+    return comments[-1] if comments else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The stages of dvc.yaml, one file each; the command line calls the same functions."""

@@ -1,0 +1,42 @@
+"""Stage `evaluate`: a trained model is scored on held-out images by the stated protocol.
+
+Run by DVC: python -m pipelines.evaluate RUN
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines.edge import progress_bar, run_to_exit
+from xattn.config import load_config
+from xattn.places import find_model_dir, results_dir, shards_dir
+from xattn.scoring import evaluate_model
+from xattn.storage import read_json
+
+
+def evaluate(run: str, base: Path) -> dict[str, Any]:
+    """Score a trained run of params.yaml on its own data set.
+
+    Returns:
+        What its metrics.json holds.
+    """
+    config = load_config(base / "params.yaml")
+    model_dir = find_model_dir(base, run)
+    shards = shards_dir(base, read_json(model_dir / "model.json")["dataset"])
+    with progress_bar(f"evaluate {run}", "img") as show:
+        return evaluate_model(
+            model_dir, shards, config.evaluate, results_dir(base, "evaluate", run), show
+        )
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """Say the result in one line."""
+    name = "mIoU" if "mIoU" in metrics else "top1"
+    return (
+        f"{metrics['run']}: {name} {metrics[name]:.4f} on {metrics['images']} images "
+        f"of {metrics['dataset']}/{metrics['split']}, {metrics['images_per_s']} img/s"
+    )
+
+
+if __name__ == "__main__":
+    run_to_exit(lambda: print(headline(evaluate(sys.argv[1], Path.cwd()))))

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from xattn.losses import classification_cross_entropy, segmentation_cross_entropy
+from xattn.structures import IGNORE_INDEX, identity_mean
+
+
+@pytest.fixture
+def pixels():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 16, 24), generator=generator)
+    target[0, :5] = IGNORE_INDEX
+    return logits, target
+
+
+def naive_sum(logits, target):
+    """Sum the cross entropy pixel by pixel."""
+    large = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
+    chances = large.log_softmax(1)
+    return -sum(
+        chances[image, target[image, row, column], row, column]
+        for image in range(2)
+        for row in range(16)
+        for column in range(24)
+        if target[image, row, column] != IGNORE_INDEX
+    )
+
+
+def test_normalisation_counts_all_or_valid_pixels(pixels):
+    total = naive_sum(*pixels)
+    every = segmentation_cross_entropy(*pixels, "all", identity_mean)["loss"]
+    valid = segmentation_cross_entropy(*pixels, "valid", identity_mean)["loss"]
+    torch.testing.assert_close(every, total / (2 * 16 * 24))
+    torch.testing.assert_close(valid, total / (2 * 16 * 24 - 5 * 24))
+
+
+@pytest.mark.parametrize("normalise", ["all", "valid"])
+def test_mean_over_two_ranks_is_the_whole_batch(pixels, normalise):
+    logits, target = pixels
+    counts = [(target[rank] != IGNORE_INDEX).sum().double() for rank in range(2)]
+
+    def mean_of_both(_):
+        return torch.stack(counts).mean()
+
+    whole = segmentation_cross_entropy(logits, target, normalise, identity_mean)["loss"]
+    ranks = [
+        segmentation_cross_entropy(logits[r : r + 1], target[r : r + 1], normalise, mean_of_both)
+        for r in range(2)
+    ]
+    torch.testing.assert_close(torch.stack([rank["loss"] for rank in ranks]).mean(), whole)
+
+
+@pytest.mark.parametrize("normalise", ["all", "valid"])
+def test_nothing_to_train_on_gives_zero(pixels, normalise):
+    logits, target = pixels
+    ignored = torch.full_like(target, IGNORE_INDEX)
+    loss = segmentation_cross_entropy(logits, ignored, normalise, identity_mean)["loss"]
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == 0.0
+    assert (gradient == 0).all()
+
+
+def test_label_smoothing_mixes_in_the_uniform_distribution():
+    logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
+    target = torch.tensor([1, 0])
+    chances = logits.log_softmax(1)
+    expected = -(0.9 * chances[[0, 1], target] + 0.1 * chances.mean(1)).mean()
+    torch.testing.assert_close(classification_cross_entropy(logits, target, 0.1)["loss"], expected)

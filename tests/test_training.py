@@ -1,0 +1,155 @@
+"""The loop on real models and shards: resume, ranks, curves, divergence."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import small_params, write_params
+from xattn.config import load_config
+from xattn.errors import CheckpointError, ConfigError
+from xattn.experiment import TrainJob, plan_job, run_training
+from xattn.structures import Progress
+from xattn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from xattn.train.engine import DivergedError
+from xattn.train.history import read_history
+
+
+def train(project: Path, run: str = "segmenter") -> TrainJob:
+    stage = "finetune" if run == "segmenter" else "pretrain"
+    return run_training(load_config(project / "params.yaml"), stage, run, project, lambda _p: None)
+
+
+def losses(job: TrainJob) -> list[float]:
+    return [row["loss"] for row in read_history(job.run_dir / "history.jsonl") if "loss" in row]
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+def test_stopped_run_is_the_run_that_never_stopped(project: Path) -> None:
+    config = load_config(project / "params.yaml")
+    straight = train(project)
+    weights = load_file(straight.final_dir / "model.safetensors")
+    expected = losses(straight)
+    straight.run_dir.rename(project / "elsewhere")
+
+    def kill_at_five(progress: Progress) -> None:
+        if progress.done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_training(config, "finetune", "segmenter", project, kill_at_five)
+    job, _ = plan_job(config, "finetune", "segmenter", project)
+    assert newest_checkpoint(job.run_dir / "checkpoints", job.fingerprint).step == 4
+    seen: list[int] = []
+    run_training(config, "finetune", "segmenter", project, lambda p: seen.append(p.done))
+
+    assert seen[0] == 4, "the second attempt goes on from the checkpoint"
+    assert losses(job) == expected
+    resumed = load_file(job.final_dir / "model.safetensors")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_finished_job_is_not_trained_again(project: Path) -> None:
+    train(project)
+    seen: list[Progress] = []
+    run_training(
+        load_config(project / "params.yaml"), "finetune", "segmenter", project, seen.append
+    )
+    assert seen == []
+
+
+def test_changed_setting_is_another_job(project: Path) -> None:
+    first, _ = plan_job(load_config(), "finetune", "segmenter", project)
+    params = small_params()
+    params["finetune"]["optim"]["lr"] = 2e-3
+    second, _ = plan_job(
+        load_config(write_params(project, params)), "finetune", "segmenter", project
+    )
+    params["cluster"]["workers"] = 3
+    third, _ = plan_job(
+        load_config(write_params(project, params)), "finetune", "segmenter", project
+    )
+    assert first.run_dir != second.run_dir
+    assert second.run_dir == third.run_dir, "the cluster's size does not change what is trained"
+
+
+@pytest.mark.parametrize("run", ["segmenter", "classifier"])
+def test_two_ranks_train_as_one(project: Path, run: str) -> None:
+    alone = train(project, run)
+    expected, curve = losses(alone), read_history(alone.run_dir / "history.jsonl")
+    alone.run_dir.rename(project / "alone")
+    run_ranks(project, run, world=2)
+    together = read_history(alone.run_dir / "history.jsonl")
+
+    assert losses(alone) == pytest.approx(expected, abs=1e-5)
+    validated = [row["val_metric"] for row in curve if "val_metric" in row]
+    assert [row["val_metric"] for row in together if "val_metric" in row] == pytest.approx(
+        validated, abs=1e-6
+    )
+    one = load_file(project / "alone" / "final" / "model.safetensors")
+    two = load_file(alone.final_dir / "model.safetensors")
+    worst = max(float((one[name] - two[name]).abs().max()) for name in one)
+    assert worst < 1e-3
+
+
+def run_ranks(project: Path, run: str, world: int) -> None:
+    """Start the same command once a rank, with the environment that torchrun gives."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    script = f"from cli import app; app(['train', '{run}'])"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", script],
+            cwd=project,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0] * world
+
+
+def test_diverging_run_stops_and_says_where(project: Path) -> None:
+    params = small_params()
+    params["finetune"]["optim"] |= {"lr": 1e30, "warmup_steps": 0}
+    write_params(project, params)
+    with pytest.raises(DivergedError, match=r"between steps \d and \d at a learning rate of"):
+        train(project)
+
+
+def test_global_batch_that_workers_cannot_share(project: Path) -> None:
+    params = small_params()
+    params["cluster"] |= {"backend": "ray", "workers": 3}
+    config = load_config(write_params(project, params))
+    with pytest.raises(ConfigError, match=r"global batch.* 4 .*3"):
+        plan_job(config, "finetune", "segmenter", project)
+
+
+def test_checkpoints_survive_damage_and_refuse_strangers(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, "mine", {"x": torch.tensor(step)})
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [
+        "step_00000002.pt",
+        "step_00000003.pt",
+    ]
+    newest = newest_checkpoint(tmp_path, "mine")
+    assert newest is not None
+    assert load_checkpoint(newest, torch.device("cpu"))["x"].item() == 3
+    damaged = bytearray(newest.path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    newest.path.write_bytes(damaged)
+    previous = newest_checkpoint(tmp_path, "mine")
+    assert previous is not None
+    assert previous.step == 2
+    with pytest.raises(CheckpointError, match="belongs to the run mine"):
+        newest_checkpoint(tmp_path, "another")

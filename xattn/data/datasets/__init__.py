@@ -1,0 +1,149 @@
+"""Raw data sets: each file here turns one kind of folder into a stream of samples.
+
+A reader is a module that has the names of `Reader`; it is found by its file name, so adding a data
+set is adding a file. Modules whose names start with an underscore are no readers.
+"""
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+from pydantic import BaseModel, ValidationInfo, field_validator
+
+from xattn.errors import DataError, UnknownNameError
+from xattn.structures import DatasetInfo, Sample
+
+__all__ = [
+    "DatasetConfig",
+    "GeneratingReader",
+    "Reader",
+    "list_readers",
+    "load_reader",
+    "reader_settings",
+    "resolve_root",
+]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """The surface of a reader module; `settings` is an instance of its own `Settings`."""
+
+    URL: str
+    """Where the data can be had; empty when they are generated or the user's own."""
+
+    Settings: type[BaseModel]
+
+    def describe(self, root: Path, settings: Any) -> DatasetInfo:
+        """Tell what is known of the data set; opens no image."""
+
+    def count(self, root: Path, split: str, settings: Any) -> int:
+        """Return the number of samples of a split; opens no image."""
+
+    def samples(self, root: Path, split: str, settings: Any) -> Iterator[Sample]:
+        """Yield a split's samples in a stable order, one at a time, or raise DataError."""
+
+
+@runtime_checkable
+class GeneratingReader(Reader, Protocol):
+    """A reader that can make its raw files; does nothing when they are complete."""
+
+    def generate(self, root: Path, settings: Any, on_progress: Callable[[int, int], None]) -> None:
+        """Make the raw files under `root`, calling `on_progress(done, total)` after each image."""
+
+
+def list_readers() -> list[str]:
+    """Return the names of all readers, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def load_reader(name: str) -> Reader:
+    """Return the module of reader `name`.
+
+    Raises:
+        UnknownNameError: there is no such file here.
+    """
+    if name not in list_readers():
+        raise UnknownNameError("data set reader", name, list_readers())
+    return cast(Reader, importlib.import_module(f"{__name__}.{name}"))
+
+
+class DatasetConfig(BaseModel, frozen=True, extra="forbid"):
+    """Which raw data to read and how.
+
+    Args:
+        reader: name of a file in this folder.
+        root: the raw folder: absolute, or relative to $XATTN_DATA or the project; only readers
+            that generate their files can do without.
+        settings: the reader's own knobs, checked by its `Settings`.
+    """
+
+    reader: str
+    root: str | None = None
+    settings: dict[str, Any] = {}
+
+    @field_validator("reader")
+    @classmethod
+    def _check_reader(cls, value: str) -> str:
+        load_reader(value)
+        return value
+
+    @field_validator("settings")
+    @classmethod
+    def _check_settings(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        # pydantic puts this field's name before the keys of the errors that are raised in here
+        if "reader" in info.data:
+            load_reader(info.data["reader"]).Settings.model_validate(value)
+        return value
+
+
+def reader_settings(config: DatasetConfig) -> BaseModel:
+    """Return `config.settings` as the reader's own `Settings`."""
+    return load_reader(config.reader).Settings.model_validate(config.settings)
+
+
+def resolve_root(config: DatasetConfig, base: Path) -> Path:
+    """Find the raw folder of a data set.
+
+    An absolute root is taken as it is. A relative one is looked for under $XATTN_DATA, if that is
+    set, then under `base`. A reader that generates its files may name a folder that does not exist
+    yet (then it is under `base`) or none (then it is `data/raw/READER` under `base`).
+
+    Args:
+        config: names the reader and the root.
+        base: the project's folder.
+
+    Raises:
+        DataError: there is no such folder; says where it was looked for and what to set.
+    """
+    reader = load_reader(config.reader)
+    generates = isinstance(reader, GeneratingReader)
+    if config.root is None:
+        if generates:
+            return base / "data" / "raw" / config.reader
+        raise DataError(
+            f"no root is set for the data set reader '{config.reader}'; {_how_to_mend(reader)}"
+        )
+    shared = os.environ.get("XATTN_DATA")
+    root = Path(config.root).expanduser()
+    places = [Path(shared) / root] if shared else []
+    places = [root] if root.is_absolute() else [*places, base / root]
+    for place in places:
+        if place.is_dir():
+            return place
+    if generates:
+        return places[-1]
+    unset = "" if shared or root.is_absolute() else " (XATTN_DATA is not set)"
+    raise DataError(
+        f"no raw data for the reader '{config.reader}': looked for the folder"
+        f" {' and '.join(str(place) for place in places)}{unset}; {_how_to_mend(reader)}"
+    )
+
+
+def _how_to_mend(reader: Reader) -> str:
+    source = f"; the data are at {reader.URL}" if reader.URL else ""
+    return (
+        f"set datasets.NAME.root in params.yaml to it, or XATTN_DATA to the folder above it{source}"
+    )

@@ -1,0 +1,194 @@
+"""PASCAL VOC 2007-2012, and every data set in its layout.
+
+One raw folder serves three tasks; `Settings.task` chooses which target a sample carries and what
+the class names are:
+
+segmentation    mask; ids of SegmentationClass as they are: background, `classes`, `stuff_classes`
+detection       boxes of `classes`, from Annotations
+classification  label: the class of the image's largest box by area (the first of equals)
+
+Format: Everingham et al., "The PASCAL Visual Object Classes Challenge 2012 Development Kit",
+sections 4 and 8. Boxes in the files count pixels from 1 and include both ends: there x1..x2 covers
+the pixel edges x1 - 1 .. x2 here.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+from pydantic import BaseModel
+
+from xattn.data.datasets import _files
+from xattn.errors import DataError, UnknownNameError
+from xattn.structures import IGNORE_INDEX, Box, DatasetInfo, Sample, Task
+
+URL = "http://host.robots.ox.ac.uk/pascal/VOC/"
+LICENCE = "photographs under Flickr's terms of use; annotations free for research"
+CITATION = "Everingham et al., The Pascal Visual Object Classes (VOC) Challenge, IJCV 2010"
+LAYOUT = """\
+VOC2012/
+  JPEGImages/NAME.jpg
+  SegmentationClass/NAME.png               palette indices: 0 background, 255 border (ignored)
+  Annotations/NAME.xml
+  ImageSets/Segmentation/{train,val}.txt   NAME a line
+  ImageSets/Main/{train,val,test}.txt      NAME a line, for boxes and labels
+"""
+
+CLASSES = (
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
+SPLITS = ("train", "val", "trainval", "test")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class Settings(BaseModel, frozen=True, extra="forbid"):
+    """Knobs of the reader.
+
+    Args:
+        task: which target the samples carry.
+        classes: names of the objects, in the order of their mask ids 1..K.
+        stuff_classes: names of the mask ids after those, which have no boxes.
+    """
+
+    task: Task = "segmentation"
+    classes: tuple[str, ...] = CLASSES
+    stuff_classes: tuple[str, ...] = ()
+
+
+def describe(root: Path, settings: Settings) -> DatasetInfo:
+    """Describe the data set for its task; its splits are those that have a list file."""
+    is_segmentation = settings.task == "segmentation"
+    things = settings.classes
+    names = ("background", *things, *settings.stuff_classes) if is_segmentation else things
+    found = tuple(split for split in SPLITS if _list_file(root, split, settings).is_file())
+    return DatasetInfo(
+        name="voc",
+        tasks=(settings.task,),
+        class_names=names,
+        palette=_files.palette(len(names), first=0 if is_segmentation else 1),
+        splits=found or SPLITS,
+        ignore_ids=(IGNORE_INDEX,),
+        licence=LICENCE,
+        url=URL,
+        citation=CITATION,
+        layout=LAYOUT,
+    )
+
+
+def count(root: Path, split: str, settings: Settings) -> int:
+    """Return the number of lines of the split's list."""
+    return len(_names(root, split, settings))
+
+
+def samples(root: Path, split: str, settings: Settings) -> Iterator[Sample]:
+    """Yield the split's samples in the order of its list.
+
+    Raises:
+        DataError: a file is missing, damaged or contradicts another; the message names it.
+    """
+    num_masks = describe(root, settings).num_classes
+    for name in _names(root, split, settings):
+        stem = root / "JPEGImages" / name
+        paths = (stem.with_name(stem.name + suffix) for suffix in IMAGE_SUFFIXES)
+        path = _files.find_file(paths, f"image of '{name}'")
+        image = _files.read_image(path)
+        mask = label = boxes = None
+        if settings.task == "segmentation":
+            mask_path = root / "SegmentationClass" / f"{name}.png"
+            _files.find_file([mask_path], f"mask of {path.name}")
+            mask = _files.read_mask(mask_path, image.size, num_masks, (IGNORE_INDEX,))
+        else:
+            xml_path = root / "Annotations" / f"{name}.xml"
+            _files.find_file([xml_path], f"annotation of {path.name}")
+            boxes = _read_boxes(xml_path, image.size, settings.classes)
+        if settings.task == "classification":
+            label, boxes = _largest(boxes or (), root / "Annotations" / f"{name}.xml"), None
+        key = _files.sample_key(name)
+        yield Sample(key, image.data, image.format, str(path), mask, label, boxes)
+
+
+def _list_file(root: Path, split: str, settings: Settings) -> Path:
+    folder = "Segmentation" if settings.task == "segmentation" else "Main"
+    return root / "ImageSets" / folder / f"{split}.txt"
+
+
+def _names(root: Path, split: str, settings: Settings) -> list[str]:
+    """Return the file names, without suffix, of a split."""
+    _files.check_split(root, split, describe(root, settings).splits)
+    path = _list_file(root, split, settings)
+    names = _files.read_list(path)
+    images = root / "JPEGImages"
+    _files.check_unique((_files.sample_key(name), f"{images / name}.jpg") for name in names)
+    return names
+
+
+def _largest(boxes: tuple[Box, ...], path: Path) -> int:
+    """Return the class of the box with the largest area."""
+    if not boxes:
+        raise DataError(f"annotation {path}: no object, so the image has no class; take it out")
+    return max(boxes, key=lambda box: (box.x2 - box.x1) * (box.y2 - box.y1)).class_id
+
+
+def _read_boxes(path: Path, size: tuple[int, int], classes: tuple[str, ...]) -> tuple[Box, ...]:
+    """Read the objects of one annotation file.
+
+    Args:
+        path: an XML file.
+        size: (width, height) of the image in pixels.
+        classes: names in the order of the class ids.
+    """
+    try:
+        objects = ElementTree.parse(path).getroot().findall("object")
+    except (ElementTree.ParseError, OSError) as error:
+        raise DataError(f"annotation {path}: not readable as XML ({error})") from error
+    return tuple(
+        _read_box(path, number, node, size, classes) for number, node in enumerate(objects)
+    )
+
+
+def _read_box(
+    path: Path,
+    number: int,
+    node: ElementTree.Element,
+    size: tuple[int, int],
+    classes: tuple[str, ...],
+) -> Box:
+    where = f"annotation {path}: object {number}"
+    name = (node.findtext("name") or "").strip()
+    if name not in classes:
+        raise DataError(f"{where}: {UnknownNameError('class', name, classes)}")
+    corners = [node.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        xmin, ymin, xmax, ymax = (float(corner or "") for corner in corners)
+    except ValueError as error:
+        raise DataError(f"{where}: bndbox {corners} is not four numbers") from error
+    # Some labelling tools count from 0: one pixel beyond the border is cut off, more is an error.
+    x1, y1 = max(xmin - 1, 0.0), max(ymin - 1, 0.0)
+    x2, y2 = min(xmax, float(size[0])), min(ymax, float(size[1]))
+    beyond = max(x1 - (xmin - 1), y1 - (ymin - 1), xmax - x2, ymax - y2)
+    if not (beyond <= 1 and x1 < x2 and y1 < y2):
+        raise DataError(
+            f"{where}: bndbox xmin {xmin:g} ymin {ymin:g} xmax {xmax:g} ymax {ymax:g} is not inside"
+            f" the image of {size[0]} x {size[1]} pixels (width x height)"
+        )
+    difficult = (node.findtext("difficult") or "0").strip() == "1"
+    return Box(classes.index(name), x1, y1, x2, y2, difficult=difficult)

@@ -1,0 +1,134 @@
+"""Parameters and multiply-adds, counted as the SegFormer and HILA papers count them.
+
+One multiply-add counts 1: convolutions with their bias, Linear layers (inputs * outputs), 2 for
+each element of a LayerNorm or BatchNorm, 1 for each element of a ReLU. Interpolation, GELU, softmax
+and residual sums count nothing. A module that computes its result another way than the paper writes
+it down (attention by a fused kernel, the SegFormer head before upsampling, HILA's projections
+before gathering) has a method `count_macs(*inputs) -> int` that states the paper's number; its
+children are then not counted. The counts compare models with papers; they are not what our kernels
+execute.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+Rule = Callable[[tuple[Tensor, ...], Tensor], int]
+"""(inputs, output) of a module's call -> multiply-adds."""
+
+
+def count_params(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Return the multiply-adds of one image's forward pass, leaving out nearly all the computing.
+
+    Args:
+        model: takes (1, C, H, W) images; a twin of it runs instead.
+        input_size: (C, H, W) of the image.
+    """
+    twin = copy.deepcopy(model).cpu().eval()
+    macs: list[int] = []
+    _watch(twin, macs)
+    with torch.no_grad(), _ShapesOnly():
+        twin(torch.zeros(1, *input_size))
+    return sum(macs)
+
+
+def _watch(module: nn.Module, macs: list[int]) -> None:
+    """Have `module`, or else its children, append its count to `macs` at every call."""
+    rule = _rule(module)
+    if rule is not None:
+        module.register_forward_hook(partial(_append, macs, rule))
+        return
+    for child in module.children():
+        _watch(child, macs)
+
+
+def _append(
+    macs: list[int], rule: Rule, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    macs.append(rule(inputs, output))
+
+
+def _rule(module: nn.Module) -> Rule | None:
+    """Return the counting rule of `module`, or None if its children are to say."""
+    own = getattr(module, "count_macs", None)
+    if own is not None:
+        return lambda inputs, _: int(own(*inputs))
+    if isinstance(module, nn.Conv2d):
+        per_output = module.weight[0].numel() + (module.bias is not None)
+        return lambda _, output: output.numel() * per_output
+    if isinstance(module, nn.Linear):
+        return lambda _, output: output.numel() * module.in_features
+    if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+        return lambda _, output: 2 * output.numel()
+    if isinstance(module, nn.ReLU):
+        return lambda _, output: output.numel()
+    return None
+
+
+def _same_shape(first: Tensor, *_: Any, **__: Any) -> Sequence[int]:
+    return first.shape
+
+
+def _linear_shape(tokens: Tensor, weight: Tensor, *_: Any) -> Sequence[int]:
+    return (*tokens.shape[:-1], weight.shape[0])
+
+
+def _convolved_shape(
+    images: Tensor,
+    weight: Tensor,
+    _bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    _groups: int,
+) -> Sequence[int]:
+    shape = [images.shape[0], weight.shape[0]]
+    for axis, side in enumerate(images.shape[2:]):
+        covered = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        shape.append((side + 2 * padding[axis] - covered) // stride[axis] + 1)
+    return shape
+
+
+def _attended_shape(query: Tensor, _key: Tensor, value: Tensor, **_: Any) -> Sequence[int]:
+    return (*query.shape[:-1], value.shape[-1])
+
+
+_SHAPES: dict[Callable[..., Any], Callable[..., Sequence[int]]] = {
+    F.linear: _linear_shape,
+    F.layer_norm: _same_shape,
+    F.gelu: _same_shape,
+    F.scaled_dot_product_attention: _attended_shape,
+    torch.conv2d: _convolved_shape,
+}
+"""The costly functions, with what finds the shape of their result from their arguments."""
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Answer the costly functions with zeros of the right shape, which take no memory.
+
+    The meta device would be simpler, but there torch imports its compiler, which takes longer (5 s)
+    than everything else that `xattn models` does.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SHAPES:
+            return args[0].new_zeros(()).expand(*_SHAPES[func](*args, **kwargs))
+        return func(*args, **kwargs)

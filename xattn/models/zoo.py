@@ -1,0 +1,310 @@
+"""Every published variant with its numbers, by name.
+
+Reading the two tables is reading the papers: `_MIT` is table 6 of SegFormer (Xie et al. 2021), and
+`_VARIANTS` holds what each named model adds to one of its rows, with what its paper reports of it.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xattn.errors import ConfigError, UnknownNameError, nearest
+from xattn.evaluate.cost import count_macs, count_params
+from xattn.losses import classification_cross_entropy, segmentation_cross_entropy
+from xattn.models.hila import HilaMiT, LevelExchange
+from xattn.models.mit import MiT, MiTClassifier
+from xattn.models.segformer import SegFormerHead, Segmenter
+from xattn.structures import DatasetInfo, MeanOverRanks, ModelCard, Recipe, Task
+
+
+@dataclass(frozen=True, slots=True)
+class _MiTNumbers:
+    """One row of SegFormer's table 6; arguments as in `mit.build_stages`."""
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...] = (1, 2, 5, 8)
+    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    mlp_ratio: int = 4
+
+
+_WIDE = (64, 128, 320, 512)
+_MIT = {
+    "b0": _MiTNumbers(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2)),
+    "b1": _MiTNumbers(dims=_WIDE, depths=(2, 2, 2, 2)),
+    "b2": _MiTNumbers(dims=_WIDE, depths=(3, 4, 6, 3)),
+    "b3": _MiTNumbers(dims=_WIDE, depths=(3, 4, 18, 3)),
+    "b4": _MiTNumbers(dims=_WIDE, depths=(3, 8, 27, 3)),
+    "b5": _MiTNumbers(dims=_WIDE, depths=(3, 6, 40, 3)),
+}
+
+_HILA = {"stages": (3,), "stride": 1, "patch": 4, "alpha": 0.5, "beta": 0.5, "ffn_ratio": 4}
+_ONE_POSITION_VECTOR = (
+    "one position vector for each inter-level attention; the authors' code adds up two, "
+    "which counts 16 parameters more for each"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """What a name stands for.
+
+    Args:
+        system: the paper's system.
+        task: what it is for.
+        mit: row of `_MIT`.
+        defaults: the numbers that a caller may override, as published.
+        paper_params: parameters as printed, None where the paper does not say.
+        paper_macs: likewise.
+        source: where these were printed.
+        head_width: channels of the SegFormer head; 0 for a classifier.
+        hila: whether the backbone exchanges between stages.
+        notes: what a reader must know before comparing.
+    """
+
+    system: str
+    task: Task
+    mit: str
+    defaults: Mapping[str, Any]
+    paper_params: float | None
+    paper_macs: float | None
+    source: str
+    head_width: int = 0
+    hila: bool = False
+    notes: str = ""
+
+
+_VARIANTS = {
+    "mit_b0": _Variant(
+        system="SegFormer",
+        task="classification",
+        mit="b0",
+        defaults={"drop_path": 0.1},
+        paper_params=None,
+        paper_macs=None,
+        source="Xie et al. 2021, table 6",
+    ),
+    "hila_mit_b0_s3": _Variant(
+        system="HILA",
+        task="classification",
+        mit="b0",
+        hila=True,
+        defaults={"drop_path": 0.1, **_HILA},
+        paper_params=None,
+        paper_macs=None,
+        source="Leung et al. 2022, table 5",
+        notes=f"{_ONE_POSITION_VECTOR}; the norm of the refined low map is frozen, since no "
+        "gradient reaches it here",
+    ),
+    "segformer_b0": _Variant(
+        system="SegFormer",
+        task="segmentation",
+        mit="b0",
+        head_width=256,
+        defaults={"drop_path": 0.1, "dropout": 0.1},
+        paper_params=3.7e6,
+        paper_macs=8.4e9,
+        source="Leung et al. 2022, table 1",
+        notes="without the unused convolution of the authors' head (19,350 parameters)",
+    ),
+    "hila_segformer_b0_s3": _Variant(
+        system="HILA",
+        task="segmentation",
+        mit="b0",
+        head_width=256,
+        hila=True,
+        defaults={"drop_path": 0.1, "dropout": 0.1, **_HILA},
+        paper_params=4.2e6,
+        paper_macs=9.8e9,
+        source="Leung et al. 2022, table 1",
+        notes=_ONE_POSITION_VECTOR,
+    ),
+}
+
+_PAPER_CLASSES: dict[Task, int] = {"classification": 1000, "segmentation": 150}
+_PAPER_INPUT: dict[Task, tuple[int, int, int]] = {
+    "classification": (3, 224, 224),
+    "segmentation": (3, 512, 512),
+}
+# The ImageNet recipe smooths (PVT's, which SegFormer's authors point to); mmsegmentation 0.x, which
+# trained the published segmenters, divides by all pixels.
+_LOSS_DEFAULTS: dict[Task, dict[str, Any]] = {
+    "classification": {"label_smoothing": 0.1},
+    "segmentation": {"normalise": "all"},
+}
+
+
+def list_models(task: Task | None = None, system: str | None = None) -> list[str]:
+    """Return the names of all models, or of those for one task or of one paper's system."""
+    return [
+        name
+        for name, variant in _VARIANTS.items()
+        if task in (None, variant.task) and system in (None, variant.system)
+    ]
+
+
+def create_model(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
+    """Build a model with fresh weights.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: foreground classes.
+        **overrides: numbers that differ from the published ones: drop_path; dropout for
+            segmenters; stages, stride, patch, alpha, beta, ffn_ratio for HILA.
+
+    Raises:
+        UnknownNameError: there is no model `name`.
+        ConfigError: an override is unknown, of the wrong type or out of range.
+    """
+    variant = _variant(name)
+    return _build(variant, num_classes, _override(name, variant.defaults, overrides))
+
+
+def create_recipe(name: str, info: DatasetInfo, **overrides: Any) -> Recipe:
+    """Build a model for a data set, with its loss and its decoding.
+
+    Args:
+        name: one of `list_models()`.
+        info: the data set; gives the number of classes.
+        **overrides: as in `create_model`, and of the loss: normalise ("all" or "valid" pixels) for
+            segmentation, label_smoothing for classification.
+
+    Raises:
+        UnknownNameError: there is no model `name`.
+        ConfigError: the data set cannot train this model's task, or an override is wrong.
+    """
+    variant = _variant(name)
+    if variant.task not in info.tasks:
+        raise ConfigError(
+            f"model: '{name}' is for {variant.task}, but data set '{info.name}' trains "
+            f"{' and '.join(info.tasks)}; try one of {', '.join(list_models(info.tasks[0]))}"
+        )
+    loss_defaults = _LOSS_DEFAULTS[variant.task]
+    numbers = _override(name, {**variant.defaults, **loss_defaults}, overrides)
+    loss_numbers = {key: numbers.pop(key) for key in loss_defaults}
+    model = _build(variant, info.num_classes, numbers)
+    if variant.task == "classification":
+        loss = functools.partial(_classification_loss, **loss_numbers)
+        return Recipe(model, loss, _decode_classification, variant.task)
+    if loss_numbers["normalise"] not in ("all", "valid"):
+        raise UnknownNameError("normalise", loss_numbers["normalise"], ("all", "valid"))
+    return Recipe(
+        model,
+        functools.partial(_segmentation_loss, **loss_numbers),
+        _decode_segmentation,
+        variant.task,
+    )
+
+
+@functools.cache
+def model_card(name: str) -> ModelCard:
+    """Return the model's numbers, counted at its paper's classes and input size.
+
+    Raises:
+        UnknownNameError: there is no model `name`.
+    """
+    variant = _variant(name)
+    num_classes, input_size = _PAPER_CLASSES[variant.task], _PAPER_INPUT[variant.task]
+    model = _build(variant, num_classes, dict(variant.defaults))
+    return ModelCard(
+        name=name,
+        system=variant.system,
+        task=variant.task,
+        num_classes=num_classes,
+        input=input_size,
+        params=count_params(model),
+        macs=count_macs(model, input_size),
+        paper_params=variant.paper_params,
+        paper_macs=variant.paper_macs,
+        source=variant.source,
+        notes=variant.notes,
+    )
+
+
+def _variant(name: str) -> _Variant:
+    if name not in _VARIANTS:
+        raise UnknownNameError("model", name, _VARIANTS)
+    return _VARIANTS[name]
+
+
+def _build(variant: _Variant, num_classes: int, numbers: dict[str, Any]) -> nn.Module:
+    """Build a model of complete, checked numbers."""
+    mit = asdict(_MIT[variant.mit])
+    dropout = numbers.pop("dropout", 0.0)
+    backbone = HilaMiT(**mit, **numbers) if variant.hila else MiT(**mit, **numbers)
+    if variant.task == "segmentation":
+        head = SegFormerHead(backbone.dims, variant.head_width, num_classes, dropout)
+        return Segmenter(backbone, head)
+    for module in backbone.modules():
+        if isinstance(module, LevelExchange):
+            # Classes depend on no refined low map; left trainable, DDP would wait for this one.
+            module.low_norm.requires_grad_(False)
+    return MiTClassifier(backbone, num_classes)
+
+
+def _override(
+    name: str, defaults: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return `defaults` with `overrides` put in.
+
+    Raises:
+        ConfigError: see `create_model`.
+    """
+    for key, value in overrides.items():
+        if key not in defaults:
+            near = nearest(key, defaults)
+            hint = f"did you mean '{near}'?" if near else f"known: {', '.join(sorted(defaults))}"
+            raise ConfigError(f"{key}: '{name}' has no such setting; {hint}")
+        _check_type(key, value, defaults[key])
+    return {**defaults, **overrides}
+
+
+_RATES = ("drop_path", "dropout", "label_smoothing")
+_COUNTS = ("patch", "ffn_ratio")
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    """Raise ConfigError unless `value` can stand where `default` stands."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in _RATES:
+        fits, expected = number and 0 <= value < 1, "a number in [0, 1)"
+    elif key in _COUNTS:
+        fits, expected = type(value) is int and value > 0, "a whole number above 0"
+    elif key == "stride":
+        fits, expected = _is_whole(value) or type(value) is int, "a whole number or a list of them"
+    elif key == "stages":
+        fits, expected = _is_whole(value), "a list of stage numbers"
+    elif isinstance(default, str):
+        fits, expected = isinstance(value, str), "a name"
+    else:
+        fits, expected = number, "a number"
+    if not fits:
+        raise ConfigError(f"{key}: found {value!r}, expected {expected}, e.g. {default!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is int for item in value)
+
+
+def _classification_loss(
+    outputs: Tensor, target: Tensor, _mean_over_ranks: MeanOverRanks, *, label_smoothing: float
+) -> dict[str, Tensor]:
+    return classification_cross_entropy(outputs, target, label_smoothing)
+
+
+def _segmentation_loss(
+    outputs: Tensor, target: Tensor, mean_over_ranks: MeanOverRanks, *, normalise: Any
+) -> dict[str, Tensor]:
+    return segmentation_cross_entropy(outputs, target, normalise, mean_over_ranks)
+
+
+def _decode_classification(outputs: Tensor, _size: tuple[int, int]) -> Tensor:
+    return outputs
+
+
+def _decode_segmentation(outputs: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(outputs, size, mode="bilinear", align_corners=False)

@@ -1,0 +1,134 @@
+"""A trained model folder, ready to be shown images.
+
+A model folder is what a training stage leaves: `model.json`, which says how the model is built and
+how images are shown to it, and `model.safetensors`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from xattn.data.transforms import ClassificationEval, SegmentationEval
+from xattn.errors import CheckpointError, DataError
+from xattn.models.weights import load_weights
+from xattn.models.zoo import create_recipe
+from xattn.storage import read_json, sha256_file
+from xattn.structures import DatasetInfo, Recipe
+from xattn.train.distributed import resolve_device
+
+Transform = SegmentationEval | ClassificationEval
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """A recipe with weights, on a device, in eval mode.
+
+    Args:
+        recipe: model and decoding.
+        card: the content of model.json.
+        transform: how an image is shown to the model.
+        device: where it computes.
+    """
+
+    recipe: Recipe
+    card: dict[str, Any]
+    transform: Transform
+    device: torch.device
+
+    @torch.inference_mode()
+    def predict(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """Predict one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+
+        Returns:
+            Segmentation: (H, W) uint8 class ids (int64 for more than 256 classes). Classification:
+                (K,)
+            float32 probabilities.
+
+        Raises:
+            DataError: the array has another shape or dtype.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise DataError(
+                f"expected an image (height, width, 3) of uint8, "
+                f"found {image.shape} of {image.dtype}"
+            )
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+        if isinstance(self.transform, SegmentationEval):
+            shown = self.transform.prepare(pixels)
+        else:
+            shown = self.transform(pixels)
+        outputs = self.recipe.model(shown[None].to(self.device))
+        decoded = self.recipe.decode(outputs, (image.shape[0], image.shape[1]))[0]
+        if self.recipe.task == "classification":
+            return np.asarray(decoded.softmax(dim=0).float().cpu().numpy())
+        ids = decoded.argmax(dim=0)
+        return np.asarray(ids.to(torch.uint8 if len(decoded) <= 256 else ids.dtype).cpu().numpy())
+
+
+def load_predictor(folder: Path, device: str, transform: Transform | None = None) -> Predictor:
+    """Load a model folder.
+
+    Args:
+        folder: holds model.json and its weights.
+        device: "auto", "cpu" or "cuda".
+        transform: another way to show images than the one of the model's validation.
+
+    Raises:
+        DataError: model.json is missing or broken.
+        CheckpointError: the weights are missing, or not those that model.json vouches for.
+    """
+    card = read_json(folder / "model.json")
+    weights = folder / str(card.get("weights"))
+    if not weights.exists():
+        raise CheckpointError(f"{weights}: missing; run `dvc repro` or `dvc pull` to have it back")
+    if sha256_file(weights) != card.get("weights_sha256"):
+        raise CheckpointError(
+            f"{weights}: not the weights that {folder / 'model.json'} vouches for"
+        )
+    recipe = create_recipe(card["model"], _info(card), **card["overrides"])
+    load_weights(recipe.model, weights)
+    place = resolve_device(device)
+    recipe.model.to(place).eval()
+    if transform is None:
+        kind = SegmentationEval if recipe.task == "segmentation" else ClassificationEval
+        transform = kind(**card["transform"])
+    return Predictor(recipe, card, transform, place)
+
+
+def read_image(path: Path) -> npt.NDArray[np.uint8]:
+    """Read an image file as (H, W, 3) uint8 RGB.
+
+    Raises:
+        DataError: no such file, or no image in it; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def _info(card: dict[str, Any]) -> DatasetInfo:
+    """Return what a recipe needs to know of the data that the model was trained on."""
+    return DatasetInfo(
+        name=card["dataset"],
+        tasks=(card["task"],),
+        class_names=tuple(card["class_names"]),
+        palette=tuple((red, green, blue) for red, green, blue in card["palette"]),
+        splits=(),
+        ignore_ids=(),
+        licence="",
+        url="",
+        citation="",
+        layout="",
+    )

@@ -1,0 +1,89 @@
+"""What a training stage leaves for git, DVC and the report: a model folder with its numbers."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from xattn.data.index import ShardIndex
+from xattn.evaluate.cost import count_macs, count_params
+from xattn.experiment import TrainJob
+from xattn.models.zoo import create_model
+from xattn.storage import copy_atomic, read_json, write_json, write_text
+from xattn.structures import DatasetInfo
+from xattn.tracking import TrackedRun, TrackingConfig, register_model, tracking_uri
+from xattn.train.history import curve_csv, read_history
+
+
+def write_training_results(job: TrainJob, out: Path) -> None:
+    """Publish a finished job: the model folder, its final numbers and its curves."""
+    summary = read_json(job.final_dir / "summary.json")
+    record = read_json(job.run_dir / "job.json")
+    index = ShardIndex.open(job.shards)
+    rows = read_history(job.run_dir / "history.jsonl")
+    copy_atomic(job.final_dir / "model.safetensors", out / "model.safetensors")
+    write_text(out / "curve.csv", curve_csv(rows))
+    metric = "mIoU" if job.stage == "finetune" else "top1"
+    losses = [row["loss"] for row in rows if "loss" in row]
+    metrics = {
+        "loss": losses[-1] if losses else None,
+        "val_metric": summary["scores"][metric],
+        "metric_name": metric,
+        "steps": summary["steps"],
+    }
+    write_json(out / "metrics.json", metrics)
+    write_json(out / "model.json", _card(job, index.info, summary, record, rows))
+
+
+def _card(
+    job: TrainJob,
+    info: DatasetInfo,
+    summary: dict[str, Any],
+    record: dict[str, Any],
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Describe a trained model so that it can be rebuilt, compared and traced."""
+    model = create_model(job.spec.model, num_classes=info.num_classes, **job.spec.overrides)
+    rates = [row["images_per_s"] for row in rows if "images_per_s" in row]
+    return {
+        "run": job.run,
+        "stage": job.stage,
+        "model": job.spec.model,
+        "task": "segmentation" if job.stage == "finetune" else "classification",
+        "overrides": job.spec.overrides,
+        "dataset": job.spec.dataset,
+        "num_classes": info.num_classes,
+        "class_names": list(info.class_names),
+        "palette": [list(colour) for colour in info.palette],
+        "transform": job.recipe.validate_on.transform.model_dump(mode="json"),
+        "weights": "model.safetensors",
+        "weights_sha256": summary["weights_sha256"],
+        "fingerprint": job.fingerprint,
+        "data_fingerprint": record["covers"]["data"],
+        "init": None if job.init_weights is None else job.spec.init,
+        "params": count_params(model),
+        "macs": count_macs(model, (3, *job.recipe.input_size)),
+        "macs_input": [3, *job.recipe.input_size],
+        "steps": summary["steps"],
+        "global_batch": job.recipe.fit.global_batch,
+        "workers": record["workers"],
+        "wall_s": summary["wall_s"],
+        "images_per_s": round(median(rates), 2) if rates else None,
+        "git_commit": record["git_commit"],
+        "mlflow_run_id": record["mlflow_run_id"],
+    }
+
+
+def register_result(job: TrainJob, config: TrackingConfig, base: Path, folder: Path) -> None:
+    """Enter a finished job's model folder into MLflow's registry, once."""
+    record_path = job.run_dir / "job.json"
+    record = read_json(record_path)
+    if not (config.enabled and config.register_models and record["mlflow_run_id"]):
+        return
+    if "registered_version" in record:
+        return
+    run = TrackedRun(
+        uri=tracking_uri(config, base), run_id=record["mlflow_run_id"], system_metrics=False
+    )
+    scores = read_json(job.final_dir / "summary.json")["scores"]
+    version = register_model(run, job.run, folder, scores)
+    write_json(record_path, {**record, "registered_version": version})

@@ -1,0 +1,186 @@
+"""A trained model against held-out images: numbers, per-class scores, pictures for the report."""
+
+import csv
+import io
+import math
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xattn.config import EvaluateConfig
+from xattn.data.index import ShardIndex, ShardReader
+from xattn.data.loader import build_eval_loader
+from xattn.errors import DataError
+from xattn.evaluate.inference import (
+    ClassificationScores,
+    metrics_of,
+    score_classification,
+    score_segmentation,
+)
+from xattn.evaluate.segmentation import SegmentationScores
+from xattn.predictor import Predictor, load_predictor
+from xattn.storage import read_json, write_atomic, write_json, write_text
+from xattn.structures import IGNORE_INDEX, Batch, Progress, identity_mean
+
+
+def evaluate_model(
+    model_dir: Path,
+    shards: Path,
+    config: EvaluateConfig,
+    out: Path,
+    on_progress: Callable[[Progress], None],
+) -> dict[str, Any]:
+    """Score a model folder on a split and leave metrics, per-class scores and pictures.
+
+    Args:
+        model_dir: what a training stage left.
+        shards: the shard folder to score on.
+        config: split, protocol, device.
+        out: replaced as a whole.
+        on_progress: called with the number of images scored.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        DataError: the shards have other classes than the model.
+    """
+    index = ShardIndex.open(shards)
+    card = read_json(model_dir / "model.json")
+    is_segmentation = card["task"] == "segmentation"
+    transform = config.segmentation if is_segmentation else config.classification
+    predictor = load_predictor(model_dir, config.device, transform)
+    if list(index.info.class_names) != card["class_names"]:
+        raise DataError(
+            f"{shards}: its {index.info.num_classes} classes are not the {card['num_classes']} of "
+            f"'{card['run']}', which was trained on '{card['dataset']}'"
+        )
+    shutil.rmtree(out, ignore_errors=True)
+    pictures = _Pictures(index, config, out / "pictures")
+    watch = _Watch(len(index.records(config.split)), on_progress)
+
+    def on_batch(batch: Batch, prediction: Tensor) -> None:
+        pictures.keep(batch, prediction)
+        watch.add(len(batch.keys))
+
+    loader = build_eval_loader(
+        index, config.split, predictor.recipe.task, transform, batch=config.batch
+    )
+    score = score_segmentation if is_segmentation else score_classification
+    scores = score(
+        predictor.recipe, loader, index.info.num_classes, predictor.device, identity_mean, on_batch
+    )
+    metrics = {
+        "run": card["run"],
+        "dataset": card["dataset"],
+        "split": config.split,
+        "images": watch.done,
+        "protocol": _protocol(predictor),
+        **{name: round(value, 6) for name, value in metrics_of(scores).items()},
+        "images_per_s": round(watch.rate, 2),
+        "device": _device_name(predictor.device),
+    }
+    write_text(out / "per_class.csv", per_class_csv(scores, index.info.class_names))
+    write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def per_class_csv(
+    scores: SegmentationScores | ClassificationScores, class_names: tuple[str, ...]
+) -> str:
+    """Return one line a class; a score that does not exist is left blank."""
+    if isinstance(scores, SegmentationScores):
+        header = ["class", "id", "iou", "accuracy", "pixels"]
+        columns = [scores.iou.tolist(), scores.accuracy.tolist(), scores.pixels.tolist()]
+    else:
+        header = ["class", "id", "accuracy", "images"]
+        images = scores.confusion.sum(dim=1)
+        recall = scores.confusion.diagonal().double() / images
+        columns = [recall.tolist(), images.tolist()]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for class_id, name in enumerate(class_names):
+        writer.writerow([name, class_id, *(_cell(column[class_id]) for column in columns)])
+    return text.getvalue()
+
+
+def _cell(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return "" if math.isnan(value) else f"{value:.6f}"
+
+
+class _Pictures:
+    """Keeps image, truth and prediction of a few images, the same for every model."""
+
+    def __init__(self, index: ShardIndex, config: EvaluateConfig, folder: Path) -> None:
+        self._reader = ShardReader(index, config.split)
+        self._folder = folder
+        self._ignore = np.arange(256, dtype=np.uint8)
+        self._ignore[list(index.info.ignore_ids)] = IGNORE_INDEX
+        total = len(self._reader)
+        count = min(config.pictures, total)
+        chosen = np.linspace(0, total - 1, count).astype(int).tolist() if count else []
+        self._chosen = {self._reader.key(position): position for position in chosen}
+        folder.mkdir(parents=True)
+
+    def keep(self, batch: Batch, prediction: Tensor) -> None:
+        """Write the chosen ones of a segmentation batch; a classifier's batch has no picture."""
+        if prediction.ndim != 3:
+            return
+        for row, key in enumerate(batch.keys):
+            if key in self._chosen:
+                self._write(key, prediction[row].to(torch.uint8).cpu().numpy(), batch.target[row])
+
+    def _write(self, key: str, prediction: npt.NDArray[np.uint8], target: Tensor) -> None:
+        image = self._reader.read(self._chosen[key])["image"]
+        with Image.open(io.BytesIO(image)) as opened:
+            rgb = opened.convert("RGB")
+        place = self._folder / f"{key}.image.jpg"
+        write_atomic(place, partial(rgb.save, format="JPEG", quality=92))
+        for name, ids in (
+            ("truth", target.to(torch.uint8).cpu().numpy()),
+            ("prediction", prediction),
+        ):
+            mask = Image.fromarray(ids)
+            save = partial(mask.save, format="PNG")
+            write_atomic(self._folder / f"{key}.{name}.png", save)
+
+
+class _Watch:
+    """Counts scored images and seconds."""
+
+    def __init__(self, total: int, on_progress: Callable[[Progress], None]) -> None:
+        self._total, self._on_progress = total, on_progress
+        self._started, self.done = time.perf_counter(), 0
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self._on_progress(Progress(self.done, self._total))
+
+    @property
+    def rate(self) -> float:
+        """Images a second since the beginning, decoding included."""
+        return self.done / max(time.perf_counter() - self._started, 1e-9)
+
+
+def _protocol(predictor: Predictor) -> str:
+    settings = predictor.transform.model_dump(mode="json", exclude_none=True)
+    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return f"whole image, single scale ({shown})"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,115 @@
+"""One way to write a file so that it is whole or absent, and one way to name its content.
+
+A "partial" is the temporary name beside the final one: all that a kill can leave behind.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from xattn.errors import CapacityError, DataError
+
+_CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def refused_disk(path: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into one line with the place and the space left.
+
+    Raises:
+        CapacityError: no space, or a quota or file size limit was reached.
+        DataError: the place may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CapacityError(
+                f"{path}: the disk is full ({free_bytes(path) / 1e6:.0f} MB left, "
+                f"{os.strerror(error.errno)}); nothing half-written was kept"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise DataError(f"{path}: may not be written ({os.strerror(error.errno)})") from error
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that holds `path` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a partial beside `path`, flush it to disk and rename it into place.
+
+    Args:
+        path: the final name; its folder is made when missing.
+        write: called with the name to fill.
+
+    Raises:
+        CapacityError, DataError: see `refused_disk`.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with refused_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(partial)
+            with partial.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        DataError: the file is missing, is not JSON or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def copy_atomic(source: Path, target: Path) -> None:
+    """Copy a file's bytes, whole or not at all."""
+    write_atomic(target, lambda partial: shutil.copyfile(source, partial))
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
