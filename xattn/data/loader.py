@@ -122,6 +122,7 @@ def build_eval_loader(
         ConfigError: task and recipe do not fit.
         DataError: the split is missing, or not all its samples have what the task needs.
     """
+    assert batch >= 1, batch
     samples = _Samples(index, split, task, transform, seed=0)
     rows = index.records(split)
     own = eval_positions(len(rows), rank, world)

@@ -138,12 +138,12 @@ def check_divides(global_batch: int, world: int) -> None:
     """Check that every rank gets the same number of samples of a batch.
 
     Raises:
-        ConfigError: `global_batch` is not a multiple of `world`.
+        ConfigError: `global_batch` is not a positive multiple of `world`.
     """
-    if global_batch % world:
+    if global_batch < 1 or global_batch % world:
         raise ConfigError(
-            f"global batch {global_batch} is not a multiple of the {world} workers; "
-            f"the next that is: {-(-global_batch // world) * world}"
+            f"global batch {global_batch} is not a positive multiple of the {world} workers; "
+            f"the next that is: {max(1, -(-global_batch // world)) * world}"
         )
 
 

@@ -36,7 +36,7 @@ from xattn.data.index import (
     record_dtype,
     records_name,
 )
-from xattn.errors import CapacityError, DataError
+from xattn.errors import CapacityError, ConfigError, DataError
 from xattn.structures import DatasetInfo, Sample
 
 OnProgress = Callable[[str, int, int], None]
@@ -74,7 +74,10 @@ def write_shards(
     Raises:
         DataError: a sample breaks its promise, or `out` holds files that are not ours.
         CapacityError: the disk is or gets full; no index.json is left then.
+        ConfigError: `samples_per_shard` is not positive.
     """
+    if samples_per_shard < 1:
+        raise ConfigError(f"samples_per_shard is {samples_per_shard}, expected 1 or more")
     out.mkdir(parents=True, exist_ok=True)
     _clear(out, {*info.splits, *splits})
     _check_free_space(out, expected_bytes)

@@ -17,7 +17,7 @@ import struct
 
 import torch
 import torchvision.transforms.v2.functional as TF
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
@@ -39,7 +39,7 @@ _HUE_SHIFT_FRAC = 18 / 180  # of the full circle
 _ASPECT_RATIOS = (3 / 4, 4 / 3)  # width / height (Szegedy et al. 2015)
 _AREA_TRIES = 10
 
-Size = tuple[int, int]
+Size = tuple[PositiveInt, PositiveInt]
 """(height, width) in pixels."""
 
 

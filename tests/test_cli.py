@@ -1,0 +1,141 @@
+"""The command line as a user meets it: output, exit codes, one line for what can be mended."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import PROJECT, small_params, write_params
+
+
+def xattn(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROJECT / "cli.py"), *words]
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+
+
+def fault(*words: str, cwd: Path) -> str:
+    """Run a command that must fail; return its one line."""
+    done = xattn(*words, cwd=cwd)
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_models_state_the_numbers_of_the_spec() -> None:
+    cards = {card["name"]: card for card in json.loads(xattn("models", "--json").stdout)}
+    assert cards["segformer_b0"]["params"] == 3_752_694
+    # 4,178,102 in the reference, which keeps two position vectors of 16 in each of two attentions
+    assert cards["hila_segformer_b0_s3"]["params"] == 4_178_102 - 2 * 16
+    assert cards["segformer_b0"]["macs"] == pytest.approx(8.42e9, rel=5e-3)
+    assert cards["hila_segformer_b0_s3"]["macs"] == pytest.approx(9.76e9, rel=5e-3)
+    wanted = "name system task num_classes input params macs paper_params paper_macs source notes"
+    assert set(cards["segformer_b0"]) == set(wanted.split())
+
+
+def test_listings(project: Path) -> None:
+    assert "camvid" in xattn("datasets").stdout
+    assert "trainannot" in xattn("datasets", "camvid").stdout
+    assert "trashnet" in xattn("preset").stdout
+    assert xattn("models", "--task", "nonsense").returncode == 2
+
+
+def test_shard_verify_and_damage(tmp_path: Path) -> None:
+    params = small_params()
+    write_params(tmp_path, params)
+    done = xattn("shard", "scenes", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["samples"] == {"train": 24, "val": 6, "test": 7}
+    shards = tmp_path / "data" / "shards" / "scenes"
+    assert xattn("verify", str(shards)).returncode == 0
+    tar = shards / "train-000000.tar"
+    damaged = bytearray(tar.read_bytes())
+    damaged[5000] ^= 1
+    tar.write_bytes(damaged)
+    done = xattn("verify", str(shards), "--deep", "--json")
+    assert done.returncode == 3
+    assert "train-000000.tar" in done.stdout
+
+
+def test_train_evaluate_predict_report(project: Path) -> None:
+    assert xattn("train", "segmenter", cwd=project).returncode == 0
+    metrics = json.loads(xattn("evaluate", "segmenter", "--json", cwd=project).stdout)
+    assert metrics["images"] == 7
+    assert 0 <= metrics["mIoU"] <= 1
+    assert len(list((project / "results/evaluate/segmenter/pictures").iterdir())) == 6
+
+    photos = project / "photos \u00e9"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("a", (70, 90)), ("b", (33, 41))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(photos / f"{name}.png")
+    done = xattn("predict", "segmenter", str(photos), "--out", "seen", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (project / "seen").iterdir()) == ["a.png", "b.png"]
+
+    done = xattn("report", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "segmenter" in done.stdout
+    page = (project / "results/report/report.html").read_text()
+    assert "segmenter" in page
+
+
+def test_faults_are_one_line(project: Path) -> None:
+    assert "did you mean 'segmenter'" in fault("train", "segmentr", cwd=project)
+    assert "no trained run 'segmenter'" in fault("evaluate", "segmenter", cwd=project)
+    assert "did you mean 'demo'" in fault("preset", "use", "dmo", cwd=project)
+    assert "has changes of yours" in fault("preset", "use", "demo", cwd=project)
+    params = small_params()
+    params["datasets"]["camvid"] = {"reader": "camvid", "root": "nowhere"}
+    params["runs"]["segmenter"]["model"] = "segformer_b00"
+    write_params(project, params)
+    missing = fault("shard", "camvid", cwd=project)
+    assert "nowhere" in missing
+    assert "XATTN_DATA" in missing
+    assert "did you mean 'segformer_b0'" in fault("train", "segmenter", cwd=project)
+
+
+def test_gpu_where_there_is_none(project: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    params = small_params()
+    params["cluster"]["device"] = "cuda"
+    write_params(project, params)
+    assert "torch sees 0" in fault("train", "segmenter", cwd=project)
+    params["cluster"] = {"backend": "ray", "workers": 1, "device": "cuda"}
+    write_params(project, params)
+    assert "1 workers ask for 1 GPUs, this machine has 0" in fault(
+        "train", "segmenter", cwd=project
+    )
+
+
+def test_more_workers_than_cores_are_refused_at_once(project: Path) -> None:
+    params = small_params()
+    params["cluster"] = {"backend": "ray", "workers": 4, "cpus_per_worker": 1000}
+    write_params(project, params)
+    refused = fault("train", "segmenter", cwd=project)
+    assert "4 workers ask for 4000 CPUs, this machine has" in refused
+    assert not (project / ".xattn").exists(), "no cluster was started for it"
+
+
+def test_wrong_usage_is_exit_2() -> None:
+    assert xattn("shard").returncode == 2
+    assert xattn("nonsense").returncode == 2
+
+
+def test_preset_use_keeps_presets_apart(tmp_path: Path) -> None:
+    assert xattn("preset", "use", "camvid", cwd=tmp_path).returncode == 0
+    preset = PROJECT / "pipelines" / "presets" / "camvid.yaml"
+    before = preset.read_bytes()
+    assert (tmp_path / "params.yaml").read_bytes() == before
+    with (tmp_path / "params.yaml").open("a") as params:
+        params.write("# mine\n")
+    assert preset.read_bytes() == before
