@@ -40,7 +40,7 @@ def small_params() -> dict[str, Any]:
     optim = {"lr": 1e-3, "warmup_steps": 2, "head_lr_multiplier": 2.0}
     scratch = str(PROJECT / "pipelines" / "scratch.json")
     still = {"drop_path": 0.0}
-    return {
+    params = {
         "seed": 5,
         "datasets": {"scenes": SCENES, "labels": LABELS},
         "pretrain": {
@@ -87,6 +87,8 @@ def small_params() -> dict[str, Any]:
         "tracking": {"enabled": False, "experiment": "tests"},
         "report": {"title": "Small"},
     }
+    copied: dict[str, Any] = json.loads(json.dumps(params))  # no part is shared with another
+    return copied
 
 
 def write_params(folder: Path, params: dict[str, Any]) -> Path:

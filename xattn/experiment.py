@@ -165,7 +165,7 @@ def run_training(
         return job
     if not is_first_process():
         # Under torchrun rank 0 keeps the lock, the records and the tracking.
-        launch(work, job, config.cluster, job.run_dir.name, base, on_progress)
+        launch(work, job, config.cluster, job.run_dir, base, on_progress)
         return job
     job.run_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -209,7 +209,7 @@ def _train_tracked(
     )
     tracked_job = _with_tracking(job, tracked)
     try:
-        launch(work, tracked_job, config.cluster, job.run_dir.name, base, on_progress)
+        launch(work, tracked_job, config.cluster, job.run_dir, base, on_progress)
     except BaseException:
         if tracked:
             close_run(tracked, failed=True)

@@ -260,7 +260,7 @@ def _saved_model_class() -> type[Any]:
 
             self.predictor = load_predictor(Path(context.artifacts["folder"]), "auto")
 
-        def predict(self, _context: Any, model_input: Any, _params: Any = None) -> Any:
+        def predict(self, model_input: Any) -> Any:
             import numpy as np  # noqa: PLC0415
 
             return np.stack([self.predictor.predict(image) for image in np.asarray(model_input)])

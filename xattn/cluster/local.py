@@ -65,6 +65,7 @@ def shared_cluster(base: Path) -> LocalCluster:
         holder = subprocess.Popen(
             [sys.executable, "-m", "xattn.cluster.local", str(state_path), str(owner.pid)],
             cwd=base,
+            env={**os.environ, "PYTHONPATH": python_path(base)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -78,6 +79,13 @@ def shared_cluster(base: Path) -> LocalCluster:
         time.sleep(0.1)
     holder.kill()
     raise CapacityError(f"cluster: Ray did not start on this machine; its log is {log_path}")
+
+
+def python_path(base: Path) -> str:
+    """Return the PYTHONPATH with which a worker finds this very package."""
+    here = [str(Path(__file__).parents[2]), str(base.resolve())]
+    inherited = [path for path in (os.environ.get("PYTHONPATH"),) if path]
+    return os.pathsep.join(dict.fromkeys([*here, *inherited]))
 
 
 def _owner() -> psutil.Process:

@@ -11,6 +11,11 @@ from xattn.cluster.settings import ClusterConfig
 from xattn.errors import CapacityError
 
 
+def is_remote() -> bool:
+    """Whether RAY_ADDRESS names a cluster that somebody else keeps."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def check_this_machine(config: ClusterConfig) -> None:
     """Refuse a run that this machine cannot hold, before a local cluster is started for it.
 
@@ -19,7 +24,7 @@ def check_this_machine(config: ClusterConfig) -> None:
     Raises:
         CapacityError: too few cores, or GPUs asked for where torch sees fewer.
     """
-    if "RAY_ADDRESS" in os.environ:
+    if is_remote():
         return
     available = {"CPU": float(os.cpu_count() or 1)}
     if config.device == "cuda":

@@ -6,16 +6,19 @@ processes, the process group and small messages: progress, and a fault that the 
 """
 
 import os
+import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from xattn.cluster.local import ray_environment, shared_cluster
-from xattn.cluster.preflight import check_capacity, check_this_machine
+from xattn.cluster.local import python_path, ray_environment, shared_cluster
+from xattn.cluster.preflight import check_capacity, check_this_machine, is_remote
 from xattn.cluster.settings import ClusterConfig
 from xattn.errors import MissingPackageError, XattnError
+from xattn.storage import read_json, write_atomic, write_json
 from xattn.structures import Progress
 
 Post = Callable[[Progress], None]
@@ -25,15 +28,20 @@ _POLL_S = 0.5
 
 
 def launch(
-    work: Work, job: Any, config: ClusterConfig, name: str, base: Path, on_progress: Post
+    work: Work,
+    job: Any,
+    config: ClusterConfig,
+    folder: Path,
+    base: Path,
+    on_progress: Post,
 ) -> None:
     """Run `work(job, post)` on every worker and return when all are done.
 
     Args:
-        work: an importable function; finds its rank in the environment, as under torchrun.
+        work: a module's function; finds its rank in the environment, as under torchrun.
         job: its argument; must pickle.
         config: backend and size.
-        name: of the Ray Train run; the same name continues the same run.
+        folder: the job's own, seen by every worker under this path; its name names the Ray run.
         base: the project's folder.
         on_progress: called in this process with what rank 0 posts.
 
@@ -46,42 +54,48 @@ def launch(
         work(job, on_progress)
         return
     check_this_machine(config)
-    with _attached(config, base) as ray:
-        board = ray.remote(num_cpus=0)(_Board).remote()
-        with _watched(ray, board, on_progress):
-            failure = _fit(work, job, config, name, base, board)
-        fault = ray.get(board.fault.remote())
+    word = _Word(folder)
+    word.clear()
+    with _attached(config, base) as ray, _watched(word, on_progress):
+        # Pickled here: the controller of the training would import torch only to pass it on.
+        payload = pickle.dumps((work, job))
+        failure = _fit(payload, config, folder, base, _uses_gpu(config, ray.cluster_resources()))
+    fault = word.fault()
     if fault is not None:
         raise fault
     if failure is not None:
-        raise XattnError(f"training '{name}' failed after {config.max_failures} retries: {failure}")
+        raise XattnError(
+            f"training '{folder.name}' failed after {config.max_failures} retries: {failure}"
+        )
 
 
 def _fit(
-    work: Work, job: Any, config: ClusterConfig, name: str, base: Path, board: Any
+    payload: bytes, config: ClusterConfig, folder: Path, base: Path, use_gpu: bool
 ) -> str | None:
-    """Run the job under Ray Train; return the last failure's first line, or None."""
+    """Run the job under Ray Train; return the last failure's text, or None."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415
     from ray.train.torch import TorchTrainer  # noqa: PLC0415
     from ray.train.v2.api.exceptions import TrainingFailedError  # noqa: PLC0415
 
-    use_gpu = _uses_gpu(config)
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
     if use_gpu:
         resources["GPU"] = 1
+    # The workers of a local cluster inherit this project's path from its holder, and need no
+    # environment of their own, which would cost a fresh process each.
+    environment = {"env_vars": {"PYTHONPATH": python_path(base)}} if is_remote() else None
     trainer = TorchTrainer(
         _work_on_worker,
-        train_loop_config={"work": work, "job": job, "board": board},
+        train_loop_config={"payload": payload, "folder": str(folder)},
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=name,
+            name=folder.name,
             storage_path=str((base / "runs" / "ray").resolve()),
             failure_config=FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=1
             ),
-            worker_runtime_env={"env_vars": {"PYTHONPATH": _python_path(base)}},
+            worker_runtime_env=environment,
         ),
     )
     try:
@@ -92,60 +106,71 @@ def _fit(
 
 
 def _work_on_worker(config: dict[str, Any]) -> None:
-    """Run the work function; hand a fault that the user must mend to the board instead of Ray.
+    """Run the work function; a fault that the user must mend is left as a word, not raised.
 
     Ray would retry it. The process group is closed so that the other ranks, waiting in a
-    collective, come back with an error of their own, find the fault on the board and end quietly
-    too.
+    collective, come back with an error of their own, find the word and end quietly too.
     """
-    import ray  # noqa: PLC0415
     import torch.distributed as dist  # noqa: PLC0415
 
-    board = config["board"]
-
-    def post(progress: Progress) -> None:
-        board.post.remote(progress)
-
+    word = _Word(Path(config["folder"]))
     try:
-        config["work"](config["job"], post)
+        work, job = pickle.loads(config["payload"])
+        work(job, word.post)
     except XattnError as error:
-        ray.get(board.report.remote(error))
+        word.report(error)
         if dist.is_initialized():
             dist.destroy_process_group()
     except Exception:
-        if ray.get(board.fault.remote()) is None:
+        if word.fault() is None:
             raise
 
 
-class _Board:
-    """An actor without a core of its own: where workers leave word for the driver."""
+class _Word:
+    """What workers leave for the driver, as small files in the job's folder.
 
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._fault: XattnError | None = None
+    Args:
+        folder: seen by all under this path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._progress, self._fault = folder / "progress.json", folder / "fault.pickle"
+
+    def clear(self) -> None:
+        """Remove what an earlier attempt left."""
+        self._progress.unlink(missing_ok=True)
+        self._fault.unlink(missing_ok=True)
 
     def post(self, progress: Progress) -> None:
-        self._progress = progress
+        """Replace the progress."""
+        write_json(self._progress, asdict(progress))
 
     def progress(self) -> Progress | None:
-        return self._progress
+        """Return the newest progress."""
+        return Progress(**read_json(self._progress)) if self._progress.exists() else None
 
     def report(self, fault: XattnError) -> None:
-        self._fault = self._fault or fault
+        """Leave a fault; the first one stays."""
+        if not self._fault.exists():
+            write_atomic(self._fault, lambda partial: partial.write_bytes(pickle.dumps(fault)))
 
     def fault(self) -> XattnError | None:
-        return self._fault
+        """Return the fault that a worker left."""
+        if not self._fault.exists():
+            return None
+        fault: XattnError = pickle.loads(self._fault.read_bytes())
+        return fault
 
 
 @contextmanager
-def _watched(ray: Any, board: Any, on_progress: Post) -> Iterator[None]:
-    """Pass the board's newest progress on while the body waits for the training to end."""
+def _watched(word: _Word, on_progress: Post) -> Iterator[None]:
+    """Pass the newest progress on while the body waits for the training to end."""
     ended = threading.Event()
 
     def poll() -> None:
         last = None
         while not ended.wait(_POLL_S):
-            progress = ray.get(board.progress.remote())
+            progress = word.progress()
             if progress is not None and progress != last:
                 on_progress(progress)
                 last = progress
@@ -157,7 +182,7 @@ def _watched(ray: Any, board: Any, on_progress: Post) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        final = ray.get(board.progress.remote())
+        final = word.progress()
         if final is not None:
             on_progress(final)
 
@@ -165,8 +190,9 @@ def _watched(ray: Any, board: Any, on_progress: Post) -> Iterator[None]:
 @contextmanager
 def _attached(config: ClusterConfig, base: Path) -> Iterator[Any]:
     """Attach to RAY_ADDRESS, or to the local cluster, and leave it as it was."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address is None:
+    if is_remote():
+        address = os.environ["RAY_ADDRESS"]
+    else:
         cluster = shared_cluster(base)
         address = cluster.address
         os.environ.update(ray_environment(cluster.token_path))
@@ -187,14 +213,6 @@ def _attached(config: ClusterConfig, base: Path) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _uses_gpu(config: ClusterConfig) -> bool:
-    import ray  # noqa: PLC0415
-
-    gpus = ray.cluster_resources().get("GPU", 0)
-    return config.device == "cuda" or (config.device == "auto" and gpus >= config.workers)
-
-
-def _python_path(base: Path) -> str:
-    """Return the PYTHONPATH with which a worker finds this very project."""
-    inherited = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(base.resolve()), *([inherited] if inherited else [])])
+def _uses_gpu(config: ClusterConfig, available: Mapping[str, float]) -> bool:
+    enough = available.get("GPU", 0) >= config.workers
+    return config.device == "cuda" or (config.device == "auto" and enough)

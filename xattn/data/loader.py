@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.io import ImageReadMode, decode_image
 
 from xattn.data.index import ShardIndex, ShardReader, decode_mask
 from xattn.data.order import Order, OrderSettings, check_divides, eval_positions
@@ -257,6 +256,9 @@ def _check_fit(
 
 
 def _decode_image(data: bytes) -> Tensor:
+    # Imported by who decodes: torchvision takes longer to import than torch itself.
+    from torchvision.io import ImageReadMode, decode_image  # noqa: PLC0415
+
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     image: Tensor = decode_image(encoded, mode=ImageReadMode.RGB)
     return image

@@ -14,12 +14,11 @@ base of whole pixels. As there, images are resized bilinearly without antialiasi
 import hashlib
 import random
 import struct
+from typing import Any, Literal
 
 import torch
-import torchvision.transforms.v2.functional as TF
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 
 from xattn.structures import IGNORE_INDEX
 
@@ -167,12 +166,13 @@ class ClassificationAugment(BaseModel):
         """Return the augmented image (3, size, size)."""
         top, left, height, width = self._choose_part(_size(image), rng)
         part = image[:, top : top + height, left : left + width]
-        image = _resize(part, (self.size, self.size), InterpolationMode.BICUBIC)
+        image = _resize(part, (self.size, self.size), "bicubic")
         if rng.random() < self.flip:
             image = image.flip(-1)
         if self.colour_jitter > 0:
             low, high = 1 - self.colour_jitter, 1 + self.colour_jitter
-            for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
+            for quality in ("brightness", "contrast", "saturation"):
+                adjust = getattr(_functional(), f"adjust_{quality}")
                 image = adjust(image, rng.uniform(low, high))
         return normalise(image)
 
@@ -210,8 +210,18 @@ class ClassificationEval(BaseModel):
         height, width = _size(image)
         scale = self.resize / min(height, width)
         size = int(height * scale + 0.5), int(width * scale + 0.5)
-        image = _resize(image, size, InterpolationMode.BICUBIC)
-        return normalise(TF.center_crop(image, [self.size, self.size]))
+        image = _resize(image, size, "bicubic")
+        return normalise(_functional().center_crop(image, [self.size, self.size]))
+
+
+def _functional() -> Any:
+    """Return torchvision's functions, which take longer to import than torch itself.
+
+    Who only reads the settings, as the driver of a training does, need not wait for them.
+    """
+    from torchvision.transforms.v2 import functional  # noqa: PLC0415
+
+    return functional
 
 
 def distort_colours(pixels: Tensor, rng: random.Random) -> Tensor:
@@ -301,16 +311,16 @@ def _fit(size: Size, base: Size, ratio: float) -> Size:
 
 
 def _resize(
-    image: Tensor, size: Size, interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    image: Tensor, size: Size, interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 ) -> Tensor:
     # Bicubic is what classifiers were trained with in PIL, which always antialiases.
-    antialias = interpolation is InterpolationMode.BICUBIC
-    resized: Tensor = TF.resize(image, list(size), interpolation, antialias=antialias)
+    antialias = interpolation == "bicubic"
+    resized: Tensor = _functional().resize(image, list(size), interpolation, antialias=antialias)
     return resized
 
 
 def _resize_mask(mask: Tensor, size: Size) -> Tensor:
-    resized: Tensor = TF.resize(mask[None], list(size), InterpolationMode.NEAREST)
+    resized: Tensor = _functional().resize(mask[None], list(size), "nearest")
     return resized[0]
 
 
