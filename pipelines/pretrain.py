@@ -8,10 +8,7 @@ from pathlib import Path
 
 from pipelines.edge import progress_bar, run_to_exit
 from xattn.config import load_config
-from xattn.experiment import run_training
-from xattn.places import results_dir
-from xattn.results import register_result, write_training_results
-from xattn.train.distributed import is_first_process
+from xattn.results import train_run
 
 
 def pretrain(run: str, base: Path) -> Path:
@@ -22,12 +19,7 @@ def pretrain(run: str, base: Path) -> Path:
     """
     config = load_config(base / "params.yaml")
     with progress_bar(f"pretrain {run}", "step") as show:
-        job = run_training(config, "pretrain", run, base, show)
-    out = results_dir(base, "pretrain", run)
-    if is_first_process():
-        write_training_results(job, out)
-        register_result(job, config.tracking, base, out)
-    return out
+        return train_run(config, "pretrain", run, base, show)
 
 
 if __name__ == "__main__":

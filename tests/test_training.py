@@ -95,10 +95,6 @@ def test_two_ranks_train_as_one(project: Path, run: str) -> None:
     assert [row["val_metric"] for row in together if "val_metric" in row] == pytest.approx(
         validated, abs=1e-3
     )
-    one = load_file(project / "alone" / "final" / "model.safetensors")
-    two = load_file(alone.final_dir / "model.safetensors")
-    worst = max(float((one[name] - two[name]).abs().max()) for name in one)
-    assert worst < 1e-3
 
 
 def run_ranks(project: Path, run: str, world: int) -> None:

@@ -1,17 +1,44 @@
 """What a training stage leaves for git, DVC and the report: a model folder with its numbers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from xattn.config import Config
 from xattn.data.index import ShardIndex
 from xattn.evaluate.cost import count_macs, count_params
-from xattn.experiment import TrainJob
+from xattn.experiment import Stage, TrainJob, run_training
 from xattn.models.zoo import create_model
+from xattn.places import results_dir
 from xattn.storage import copy_atomic, read_json, write_json, write_text
-from xattn.structures import DatasetInfo
+from xattn.structures import DatasetInfo, Progress
 from xattn.tracking import TrackedRun, TrackingConfig, register_model, tracking_uri
+from xattn.train.distributed import is_first_process
 from xattn.train.history import curve_csv, read_history
+
+
+def train_run(
+    config: Config, stage: Stage, run: str, base: Path, on_progress: Callable[[Progress], None]
+) -> Path:
+    """Train a run to its end, from wherever an earlier attempt left it, and publish it.
+
+    Args:
+        config: the whole configuration.
+        stage: "pretrain" or "finetune".
+        run: a key of the stage's runs.
+        base: the project's folder.
+        on_progress: called now and then with the steps taken.
+
+    Returns:
+        The model folder.
+    """
+    job = run_training(config, stage, run, base, on_progress)
+    out = results_dir(base, stage, run)
+    if is_first_process():
+        write_training_results(job, out)
+        register_result(job, config.tracking, base, out)
+    return out
 
 
 def write_training_results(job: TrainJob, out: Path) -> None:

@@ -23,6 +23,9 @@ from xattn.storage import read_json, write_json, write_text
 
 _START_TIMEOUT_S = 120.0
 _POLL_S = 0.5
+# Training on the CPU takes and frees the same large tensors each step; with glibc's defaults every
+# one is mapped afresh, page fault by page fault (a step of SegFormer-B0: 13 % of its time).
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ def _hold(state_path: Path, owner_pid: int) -> None:
     token_path = state_path.with_suffix(".token")
     write_text(token_path, secrets.token_hex(32))
     token_path.chmod(0o600)
-    os.environ.update(ray_environment(str(token_path)))
+    os.environ.update(ray_environment(str(token_path)) | _MALLOC)
     import ray  # noqa: PLC0415 (reads the variables above when it is imported)
 
     context = ray.init(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from xattn.errors import DamageError, DataError
+from xattn.storage import sha256_file
 from xattn.structures import DatasetInfo
 
 SCHEMA = 1
@@ -41,7 +42,6 @@ RESTORE = (
     "restore the file from its remote (`dvc pull`) or make the folder again with `xattn shard`"
 )
 
-_HASH_BLOCK_BYTES = 1 << 20
 _MAX_LOCATED = 10
 _SPAN = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 
@@ -357,7 +357,7 @@ def _load_sound_records(
 ) -> tuple[npt.NDArray[np.void] | None, list[Finding]]:
     name, expected = records_name(split), index.splits[split].records_sha256
     try:
-        actual = _sha256(index.root / name)
+        actual = sha256_file(index.root / name)
     except FileNotFoundError:
         return None, [Finding(name, None, None, "the file is missing", RESTORE)]
     if actual != expected:
@@ -377,7 +377,7 @@ def _check_shard(
         return [Finding(shard.name, None, None, problem, RESTORE)]
     if num_bytes != shard.num_bytes:
         problem = f"the file has {num_bytes} bytes, expected {shard.num_bytes}"
-    elif deep and (actual := _sha256(file)) != shard.sha256:
+    elif deep and (actual := sha256_file(file)) != shard.sha256:
         problem = f"sha256 is {actual}, expected {shard.sha256}"
     else:
         return []
@@ -418,11 +418,3 @@ def _is_header_of(header: bytes, names: set[str], size: int) -> bool:
     except (tarfile.HeaderError, UnicodeDecodeError):
         return False
     return member.name in names and member.size == size
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

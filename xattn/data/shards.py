@@ -7,16 +7,13 @@ so a folder that has one is whole.
 """
 
 import dataclasses
-import errno
 import hashlib
 import io
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from xattn.data.index import (
     records_name,
 )
 from xattn.errors import CapacityError, ConfigError, DataError
+from xattn.storage import free_bytes, refused_disk
 from xattn.structures import DatasetInfo, Sample
 
 OnProgress = Callable[[str, int, int], None]
@@ -44,8 +42,6 @@ OnProgress = Callable[[str, int, int], None]
 _KEY_BYTES = 88  # a ustar name without a directory has 100, the longest suffix 11
 _MAX_SIDE_PX = 65535
 _PARTIAL = ".partial"
-# EFBIG: the quota of a container or `ulimit -f`, which users meet as a full disk.
-_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_shards(
@@ -81,7 +77,7 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     _clear(out, {*info.splits, *splits})
     _check_free_space(out, expected_bytes)
-    with _full_disk_explained(out):
+    with refused_disk(out):
         entries = {}
         for name, (count, samples) in splits.items():
             writer = _SplitWriter(out, name, info, samples_per_shard, max_shard_bytes)
@@ -115,25 +111,11 @@ def _clear(out: Path, splits: set[str]) -> None:
 
 
 def _check_free_space(out: Path, expected_bytes: int | None) -> None:
-    free = shutil.disk_usage(out).free
+    free = free_bytes(out)
     if expected_bytes is not None and expected_bytes > free:
         raise CapacityError(
             f"about {expected_bytes} bytes will be written to {out}, but only {free} are free there"
         )
-
-
-@contextmanager
-def _full_disk_explained(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL_ERRNOS:
-            raise
-        free = shutil.disk_usage(out).free
-        raise CapacityError(
-            f"no space left to write shards to {out} ({error.strerror}; {free} bytes free); "
-            "make room and run the same command again"
-        ) from error
 
 
 class _PublishedFile:

@@ -24,7 +24,7 @@ class History:
     def __init__(self, path: Path, step: int) -> None:
         rows = [row for row in read_history(path) if row["step"] <= step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._stream = path.open("a", encoding="utf-8")
+        self._stream = path.open("a", encoding="utf-8", buffering=1)  # a row at a time
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; it must hold `step`."""

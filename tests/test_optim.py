@@ -1,0 +1,58 @@
+"""Learning rates by hand, and which parameter falls into which group."""
+
+import pytest
+from torch import nn
+
+from xattn.models.zoo import create_model
+from xattn.train.optim import OptimConfig, apply_lr, build_optimizer, lr_at
+
+
+def test_poly_with_warmup_multiplies() -> None:
+    config = OptimConfig(lr=6e-5, warmup_steps=10, warmup_start=0.1)
+    assert lr_at(0, 100, config) == pytest.approx(6e-6)
+    assert lr_at(5, 100, config) == pytest.approx(6e-5 * 0.95 * (0.1 + 0.9 * 0.5))
+    assert lr_at(10, 100, config) == pytest.approx(6e-5 * 0.9)
+    assert lr_at(99, 100, config) == pytest.approx(6e-5 * 0.01)
+    assert lr_at(100, 100, config) == 0.0
+
+
+def test_cosine_ends_at_its_floor() -> None:
+    config = OptimConfig(lr=1e-3, schedule="cosine", min_lr=1e-5)
+    assert lr_at(0, 10, config) == pytest.approx(1e-3)
+    assert lr_at(5, 10, config) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert lr_at(10, 10, config) == pytest.approx(1e-5)
+
+
+def test_groups_follow_the_names_of_the_papers() -> None:
+    model = create_model("segformer_b0", num_classes=5)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3, head_lr_multiplier=10.0))
+    where = {
+        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
+    }
+    named = dict(model.named_parameters())
+    assert len(where) == len(named), "every trainable parameter is in the optimiser, once"
+    for name, parameter in named.items():
+        group = where[id(parameter)]
+        assert group["multiplier"] == (10.0 if name.startswith("head.") else 1.0), name
+        assert group["weight_decay"] == (0.0 if "norm" in name else 0.01), name
+    assert where[id(named["head.bn.weight"])]["weight_decay"] == 0.01, "as in the reference"
+    apply_lr(optimizer, 2e-3)
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([2e-3, 2e-2])
+
+
+def test_vectors_can_be_left_undecayed() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3, no_decay=(), decay_vectors=False))
+    decays = {
+        tuple(parameter.shape): group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert decays == {(2, 3): 0.01, (2,): 0.0}
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(requires_grad=False)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 1
