@@ -5,8 +5,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from xattn.errors import XattnError
 from xattn.structures import Progress
 
@@ -35,6 +33,8 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[Progress], None]]:
         label: what is being done.
         unit: what is counted, e.g. "img" or "step".
     """
+    from tqdm import tqdm  # noqa: PLC0415 (the command line's --help needs no bar)
+
     with tqdm(desc=label, unit=unit, disable=not sys.stderr.isatty(), dynamic_ncols=True) as bar:
 
         def show(progress: Progress) -> None:
