@@ -183,8 +183,10 @@ def verify(
         _print_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
-            print(finding)
-        print(f"{path}: {len(findings)} faults" if findings else f"{path}: sound")
+            key = f", key {finding.key}" if finding.key else ""
+            print(f"{finding.shard}{key}: {finding.problem}; {finding.fix}")
+        sound = "sound" if deep else "sizes and index agree; --deep reads every byte"
+        print(f"{path}: {len(findings)} faults" if findings else f"{path}: {sound}")
     if findings:
         raise typer.Exit(3)
 
@@ -255,8 +257,8 @@ app.add_typer(bench_app, name="bench", help="Measure ourselves beside peers, in 
 
 @bench_app.command("engine")
 def bench_engine(
-    steps: Annotated[int, typer.Option(help="Steps of each turn.")] = 10,
-    turns: Annotated[int, typer.Option(help="Interleaved turns of each loop.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each turn.")] = 10,
+    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each loop.")] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Compare a training step of ours with the same step in a bare torch loop."""

@@ -1,6 +1,6 @@
 """Stage `evaluate`: a trained model is scored on held-out images by the stated protocol.
 
-Run by DVC: python -m pipelines.evaluate RUN
+Run by DVC: python -m pipelines.evaluate RUN STAGE
 """
 
 import sys
@@ -9,19 +9,25 @@ from typing import Any
 
 from pipelines.edge import progress_bar, run_to_exit
 from xattn.config import load_config
-from xattn.places import find_model_dir, results_dir, shards_dir
+from xattn.places import STAGES, find_model_dir, results_dir, shards_dir
 from xattn.scoring import evaluate_model
 from xattn.storage import read_json
 
 
-def evaluate(run: str, base: Path) -> dict[str, Any]:
+def evaluate(run: str, base: Path, stage: str | None = None) -> dict[str, Any]:
     """Score a trained run of params.yaml on its own data set.
+
+    Args:
+        run: its name.
+        base: the project's folder.
+        stage: the stage that trained it; None takes whichever did.
 
     Returns:
         What its metrics.json holds.
     """
     config = load_config(base / "params.yaml")
-    model_dir = find_model_dir(base, run)
+    # The place says which stage trained it, so that the two kinds of evaluation cannot mix.
+    model_dir = find_model_dir(base, run, [stage] if stage else STAGES)
     shards = shards_dir(base, read_json(model_dir / "model.json")["dataset"])
     with progress_bar(f"evaluate {run}", "img") as show:
         return evaluate_model(
@@ -39,4 +45,4 @@ def headline(metrics: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_to_exit(lambda: print(headline(evaluate(sys.argv[1], Path.cwd()))))
+    run_to_exit(lambda: print(headline(evaluate(sys.argv[1], Path.cwd(), sys.argv[2]))))

@@ -31,8 +31,11 @@ def predict_images(model_dir: Path, source: Path, out: Path, device: str) -> int
         DataError: there is no image, or one cannot be read; pictures before it are kept.
     """
     images = _list_images(source)
-    predictor = load_predictor(model_dir, device)
     names = _output_names(images)
+    for path, name in zip(images, names, strict=True):
+        if (out / name).resolve() == path.resolve():
+            raise DataError(f"--out {out}: would overwrite the image {path}; name another folder")
+    predictor = load_predictor(model_dir, device)
     with progress_bar("predict", "img") as show:
         for done, (path, name) in enumerate(zip(images, names, strict=True), start=1):
             _write_picture(predictor, path, out / name)
@@ -65,8 +68,8 @@ def _list_images(source: Path) -> list[Path]:
 
 
 def _output_names(images: list[Path]) -> list[str]:
-    """Return a PNG name for each image; a.jpg beside a.png keep their endings apart."""
-    stems = [path.stem for path in images]
-    return [
-        f"{path.stem}.png" if stems.count(path.stem) == 1 else f"{path.name}.png" for path in images
-    ]
+    """Return a PNG name for each image; where a.jpg lies beside a.png, endings are kept."""
+    stems = {path.stem for path in images}
+    if len(stems) == len(images):
+        return [f"{path.stem}.png" for path in images]
+    return [f"{path.name}.png" for path in images]

@@ -19,6 +19,7 @@ from xattn.data.index import ShardIndex
 from xattn.data.shards import write_shards
 from xattn.errors import UnknownNameError
 from xattn.places import shards_dir
+from xattn.storage import alone_in
 from xattn.structures import Progress
 
 
@@ -39,6 +40,11 @@ def write_dataset(name: str, dataset: DatasetConfig, base: Path, out: Path) -> S
         base: where relative roots start.
         out: the shard folder.
     """
+    with alone_in(out):
+        return _write_alone(name, dataset, base, out)
+
+
+def _write_alone(name: str, dataset: DatasetConfig, base: Path, out: Path) -> ShardIndex:
     reader, settings = load_reader(dataset.reader), reader_settings(dataset)
     root = resolve_root(dataset, base)
     if isinstance(reader, GeneratingReader):

@@ -77,6 +77,10 @@ def test_train_evaluate_predict_report(project: Path) -> None:
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(photos / f"{name}.png")
     done = xattn("predict", "segmenter", str(photos), "--out", "seen", cwd=project)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "quiet where nobody looks"
+    assert "would overwrite" in fault(
+        "predict", "segmenter", "photos \u00e9", "--out", "photos \u00e9", cwd=project
+    )
     assert sorted(path.name for path in (project / "seen").iterdir()) == ["a.png", "b.png"]
 
     done = xattn("report", cwd=project)
@@ -87,7 +91,7 @@ def test_train_evaluate_predict_report(project: Path) -> None:
 
 
 def test_faults_are_one_line(project: Path) -> None:
-    assert "did you mean 'segmenter'" in fault("train", "segmentr", cwd=project)
+    assert "no run 'segmentr'; there are: segmenter" in fault("train", "segmentr", cwd=project)
     assert "no trained run 'segmenter'" in fault("evaluate", "segmenter", cwd=project)
     assert "did you mean 'demo'" in fault("preset", "use", "dmo", cwd=project)
     assert "has changes of yours" in fault("preset", "use", "demo", cwd=project)
@@ -99,6 +103,36 @@ def test_faults_are_one_line(project: Path) -> None:
     assert "nowhere" in missing
     assert "XATTN_DATA" in missing
     assert "did you mean 'segformer_b0'" in fault("train", "segmenter", cwd=project)
+
+
+def test_what_a_worker_would_stumble_over_is_told_before(project: Path) -> None:
+    for section, value, message in (
+        ("validate_on", {"split": "vall", "every_steps": 3, "transform": {}}, "vall"),
+        ("loss", {"normalise": "vaild"}, "vaild"),
+        ("train_split", "trian", "trian"),
+    ):
+        params = small_params()
+        params["finetune"][section] = value
+        write_params(project, params)
+        assert message in fault("train", "segmenter", cwd=project)
+    params = small_params()
+    params["runs"]["segmenter"]["overrides"] = {"normalise": "valid"}
+    write_params(project, params)
+    assert "normalise" in fault("train", "segmenter", cwd=project)
+    params["runs"]["segmenter"] |= {"overrides": {}, "init": "params.yaml"}
+    write_params(project, params)
+    fault("train", "segmenter", cwd=project)
+    assert not (project / "runs").exists(), "nothing was started"
+
+
+def test_a_failed_evaluation_keeps_the_last_one(project: Path) -> None:
+    assert xattn("train", "segmenter", cwd=project).returncode == 0
+    assert xattn("evaluate", "segmenter", cwd=project).returncode == 0
+    params = small_params()
+    params["evaluate"]["split"] = "tset"
+    write_params(project, params)
+    assert "tset" in fault("evaluate", "segmenter", cwd=project)
+    assert (project / "results/evaluate/segmenter/metrics.json").exists()
 
 
 def test_gpu_where_there_is_none(project: Path) -> None:

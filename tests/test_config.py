@@ -30,6 +30,8 @@ def put(params: dict[str, Any], dotted: str, value: Any) -> None:
         ("runs.segmenter.dataset", "scene", r"runs\.segmenter\.dataset: .*did you mean 'scenes'\?"),
         ("datasets.scenes.reader", "camvit", r"did you mean 'camvid'\?"),
         ("datasets.scenes.settings", {"sed": 1}, r"datasets\.scenes\.settings\.sed"),
+        ("runs", {"../up": {}}, r"runs"),
+        ("datasets", {"a": "!!binary"}, r"datasets\.a"),
         ("pretrain_runs.segmenter", None, r"pretrain_runs\.segmenter"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def test_the_pipeline_and_every_command(clone: Path) -> None:
     for command in commands():
         if command in RUN_BY_CI | SERVES:
             continue
-        output = run(command.replace("/where/raw/data/lies", str(clone)), clone)
+        output = run(command.replace("/where/raw/data/lies", shlex.quote(str(clone))), clone)
         if command == "dvc repro":
             assert "Running stage" not in output, "nothing had changed"
         if command.startswith("dvc exp run"):

@@ -6,7 +6,7 @@ to change a value: the file, by hand or by `dvc exp run -S finetune.optim.lr=3e-
 
 import json
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -28,6 +28,8 @@ from xattn.train.engine import FitConfig
 from xattn.train.optim import OptimConfig
 
 PARAMS = Path("params.yaml")
+# Names become folders, DVC stages, dotted keys and MLflow models.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 PRESETS = Path(__file__).parent.parent / "pipelines" / "presets"
 
 
@@ -141,11 +143,11 @@ class Config(_Section):
     """The whole of params.yaml."""
 
     seed: int = Field(ge=0, lt=2**32)
-    datasets: dict[str, DatasetConfig]
+    datasets: dict[Name, DatasetConfig]
     pretrain: PretrainConfig
-    pretrain_runs: dict[str, RunConfig]
+    pretrain_runs: dict[Name, RunConfig]
     finetune: FinetuneConfig
-    runs: dict[str, RunConfig]
+    runs: dict[Name, RunConfig]
     evaluate: EvaluateConfig
     cluster: ClusterConfig
     tracking: TrackingConfig
@@ -160,10 +162,13 @@ def load_config(path: Path = PARAMS) -> Config:
             out of range; a run names a data set that is not there. The message gives the dotted
             key, what was found and expected, and the nearest known name.
     """
-    raw = read_yaml(path)
+    try:
+        document = json.dumps(read_yaml(path))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path.name}: holds what JSON cannot express ({error})") from None
     try:
         # Strict JSON validation: "7" is no integer, but a YAML list may fill a tuple.
-        config = Config.model_validate_json(json.dumps(raw), strict=True)
+        config = Config.model_validate_json(document, strict=True)
     except ValidationError as error:
         raise ConfigError(f"{path.name}: {explain(error, Config)}") from None
     for section, runs in (("pretrain_runs", config.pretrain_runs), ("runs", config.runs)):
@@ -188,6 +193,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: no such file; run from the project's folder or `xattn preset use demo`"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):

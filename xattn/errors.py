@@ -41,6 +41,10 @@ class UnknownNameError(ConfigError):
         hint = f"did you mean '{near}'?" if near else f"known: {', '.join(known) or 'none'}"
         super().__init__(f"unknown {what} '{name}'; {hint}")
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str]]:
+        # Travels from a worker to the driver as the line that it is.
+        return ConfigError, (str(self),)
+
 
 class DataError(XattnError):
     """Raw files or shards break their format's promise; the message names the file or the key."""

@@ -7,9 +7,12 @@ results/report/             report.html results.json
 runs/<run>-<fingerprint>/   progress of a training, outside of what DVC deletes
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from xattn.errors import DataError
+
+STAGES = ("finetune", "pretrain")
 
 
 def shards_dir(base: Path, dataset: str) -> Path:
@@ -27,13 +30,13 @@ def run_dir(base: Path, run: str, fingerprint: str) -> Path:
     return base / "runs" / f"{run}-{fingerprint[:12]}"
 
 
-def find_model_dir(base: Path, run: str) -> Path:
-    """Return the model folder of a run, whichever stage trained it.
+def find_model_dir(base: Path, run: str, stages: Sequence[str] = STAGES) -> Path:
+    """Return the model folder of a run, of the first of `stages` that trained it.
 
     Raises:
         DataError: no stage has trained it yet.
     """
-    for stage in ("finetune", "pretrain"):
+    for stage in stages:
         folder = results_dir(base, stage, run)
         if (folder / "model.json").exists():
             return folder

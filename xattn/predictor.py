@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from xattn.data.transforms import ClassificationEval, SegmentationEval
 from xattn.errors import CheckpointError, DataError
@@ -111,11 +111,18 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.array(_to_8_bit(image).convert("RGB"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Keep the high byte of 16-bit grey, which `convert` would clip to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
 
 
 def _info(card: dict[str, Any]) -> DatasetInfo:

@@ -5,17 +5,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from xattn.config import Config
 from xattn.data.index import ShardIndex
+from xattn.errors import ConfigError
 from xattn.evaluate.cost import count_macs, count_params
-from xattn.experiment import Stage, TrainJob, run_training
-from xattn.models.zoo import create_model
+from xattn.experiment import Stage, TrainJob, plan_job, run_training
+from xattn.models.zoo import create_model, create_recipe
 from xattn.places import results_dir
-from xattn.storage import copy_atomic, read_json, write_json, write_text
+from xattn.storage import copy_atomic, read_json, sha256_file, write_json, write_text
 from xattn.structures import DatasetInfo, Progress
 from xattn.tracking import TrackedRun, TrackingConfig, register_model, tracking_uri
 from xattn.train.distributed import is_first_process
 from xattn.train.history import curve_csv, read_history
+
+SCRATCH = "pipelines/scratch.json"
+"""What `init` names for random weights; a file, since it stands among a stage's dependencies."""
 
 
 def train_run(
@@ -32,13 +38,37 @@ def train_run(
 
     Returns:
         The model folder.
+
+    Raises:
+        ConfigError, DataError: what would otherwise fail after hours, before anything is started.
     """
+    _check_beforehand(*plan_job(config, stage, run, base))
     job = run_training(config, stage, run, base, on_progress)
     out = results_dir(base, stage, run)
     if is_first_process():
         write_training_results(job, out)
         register_result(job, config.tracking, base, out)
     return out
+
+
+def _check_beforehand(job: TrainJob, covered: dict[str, Any]) -> None:
+    """Find now what a worker would stumble over later, and forget a result that was damaged."""
+    index = ShardIndex.open(job.shards)
+    for split in (job.recipe.train_split, job.recipe.validate_on.split):
+        index.split(split)
+    spec = job.spec
+    with torch.device("meta"):
+        create_model(spec.model, num_classes=index.info.num_classes, **spec.overrides)
+        create_recipe(spec.model, index.info, **{**spec.overrides, **job.recipe.loss})
+    if covered["init"] is None and not spec.init.endswith(SCRATCH):
+        raise ConfigError(
+            f"{job.run}.init: {spec.init} names no weights; for random ones write {SCRATCH}"
+        )
+    summary, weights = job.final_dir / "summary.json", job.final_dir / "model.safetensors"
+    if summary.exists() and (
+        not weights.exists() or sha256_file(weights) != read_json(summary)["weights_sha256"]
+    ):
+        summary.unlink()  # the run goes on from its last checkpoint
 
 
 def write_training_results(job: TrainJob, out: Path) -> None:

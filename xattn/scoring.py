@@ -28,7 +28,7 @@ from xattn.evaluate.inference import (
 )
 from xattn.evaluate.segmentation import SegmentationScores
 from xattn.predictor import Predictor, load_predictor
-from xattn.storage import read_json, write_atomic, write_json, write_text
+from xattn.storage import read_json, refused_disk, write_atomic, write_json, write_text
 from xattn.structures import IGNORE_INDEX, Batch, Progress, identity_mean
 
 
@@ -64,9 +64,14 @@ def evaluate_model(
             f"{shards}: its {index.info.num_classes} classes are not the {card['num_classes']} of "
             f"'{card['run']}', which was trained on '{card['dataset']}'"
         )
-    shutil.rmtree(out, ignore_errors=True)
-    pictures = _Pictures(index, config, out / "pictures")
-    watch = _Watch(len(index.records(config.split)), on_progress)
+    num_images = index.split(config.split).count
+    # Beside the old result, which stays until the new one is whole.
+    draft = out.with_name(f".{out.name}.partial")
+    with refused_disk(out):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    pictures = _Pictures(index, config, draft / "pictures")
+    watch = _Watch(num_images, on_progress)
 
     def on_batch(batch: Batch, prediction: Tensor) -> None:
         pictures.keep(batch, prediction)
@@ -89,8 +94,10 @@ def evaluate_model(
         "images_per_s": round(watch.rate, 2),
         "device": _device_name(predictor.device),
     }
-    write_text(out / "per_class.csv", per_class_csv(scores, index.info.class_names))
-    write_json(out / "metrics.json", metrics)
+    write_text(draft / "per_class.csv", per_class_csv(scores, index.info.class_names))
+    write_json(draft / "metrics.json", metrics)
+    shutil.rmtree(out, ignore_errors=True)
+    draft.rename(out)
     return metrics
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from xattn.errors import CapacityError, DataError
 
 _CHUNK_BYTES = 1 << 20
@@ -34,9 +36,28 @@ def refused_disk(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full ({free_bytes(path) / 1e6:.0f} MB left, "
                 f"{os.strerror(error.errno)}); nothing half-written was kept"
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise DataError(f"{path}: may not be written ({os.strerror(error.errno)})") from error
-        raise
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(f"{path}: cannot be written ({reason})") from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep every other process from writing the same folder meanwhile.
+
+    Raises:
+        DataError: another process is at it.
+    """
+    with refused_disk(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise DataError(f"{folder}: another process is writing it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def free_bytes(path: Path) -> int:

@@ -109,8 +109,13 @@ def open_run(
 
 def close_run(run: TrackedRun, failed: bool) -> None:
     """Mark the run as finished or failed."""
-    client = _mlflow().MlflowClient(tracking_uri=run.uri)
-    client.set_terminated(run.run_id, status="FAILED" if failed else "FINISHED")
+    mlflow = _mlflow()
+    try:
+        client = mlflow.MlflowClient(tracking_uri=run.uri)
+        client.set_terminated(run.run_id, status="FAILED" if failed else "FINISHED")
+    except mlflow.exceptions.MlflowException as error:
+        # The model is trained, or its fault is on its way to the user: neither may get lost here.
+        _log.warning("MLflow did not close run %s (%s)", run.run_id, _first_line(error))
 
 
 def register_model(run: TrackedRun, name: str, folder: Path, scores: Mapping[str, float]) -> str:
@@ -207,7 +212,11 @@ class RunLogger:
 
     def _last_step(self, key: str) -> int:
         if key not in self._last:
-            history = self._client.get_metric_history(self._run_id, key)
+            try:
+                history = self._client.get_metric_history(self._run_id, key)
+            except self._fault as error:
+                _log.warning("MLflow did not tell the last step of %s (%s)", key, error)
+                history = []
             self._last[key] = max((point.step for point in history), default=-1)
         return self._last[key]
 
@@ -220,6 +229,8 @@ def _mlflow() -> Any:
         raise MissingPackageError(
             "tracking: MLflow is not installed; install mlflow, or set tracking.enabled to false"
         ) from None
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     return mlflow
 
 

@@ -10,7 +10,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def launch(
 
     Args:
         work: a module's function; finds its rank in the environment, as under torchrun.
-        job: its argument; must pickle.
+        job: its argument, a dataclass with a field `device`; must pickle.
         config: backend and size.
         folder: the job's own, seen by every worker under this path; its name names the Ray run.
         base: the project's folder.
@@ -58,8 +58,10 @@ def launch(
     word.clear()
     with _attached(config, base) as ray, _watched(word, on_progress):
         # Pickled here: the controller of the training would import torch only to pass it on.
-        payload = pickle.dumps((work, job))
-        failure = _fit(payload, config, folder, base, _uses_gpu(config, ray.cluster_resources()))
+        use_gpu = _uses_gpu(config, ray.cluster_resources())
+        # Decided once for all workers: each by itself would take what GPUs it happens to see.
+        placed = replace(job, device="cuda" if use_gpu else "cpu")
+        failure = _fit(pickle.dumps((work, placed)), config, folder, base, use_gpu)
     fault = word.fault()
     if fault is not None:
         raise fault
@@ -204,7 +206,7 @@ def _attached(config: ClusterConfig, base: Path) -> Iterator[Any]:
         ) from None
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning")
-    except ConnectionError as error:
+    except (ConnectionError, ValueError, RuntimeError) as error:
         raise XattnError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error})") from None
     try:
         check_capacity(config, ray.cluster_resources(), address)

@@ -14,6 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     _clear(out, {*info.splits, *splits})
     _check_free_space(out, expected_bytes)
-    with refused_disk(out):
+    with refused_disk(out), _nothing_kept_of_a_failure(out, {*info.splits, *splits}):
         entries = {}
         for name, (count, samples) in splits.items():
             writer = _SplitWriter(out, name, info, samples_per_shard, max_shard_bytes)
@@ -92,6 +93,15 @@ def write_shards(
         with _PublishedFile(out / INDEX_NAME) as file:
             file.write(json.dumps(document, indent=1).encode() + b"\n")
     return ShardIndex.open(out)
+
+
+@contextmanager
+def _nothing_kept_of_a_failure(out: Path, splits: set[str]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        _clear(out, splits)
+        raise
 
 
 def _clear(out: Path, splits: set[str]) -> None:
