@@ -25,7 +25,7 @@ demo: setup
 	xattn report --show
 
 test: setup
-	python -m pytest
+	python -m pytest -n auto --dist worksteal
 
 check: setup
 	ruff format --check .

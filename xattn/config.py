@@ -171,6 +171,8 @@ def load_config(path: Path = PARAMS) -> Config:
         config = Config.model_validate_json(document, strict=True)
     except ValidationError as error:
         raise ConfigError(f"{path.name}: {explain(error, Config)}") from None
+    except UnknownNameError as error:  # of a reader, which pydantic lets through
+        raise ConfigError(f"{path.name}: datasets.*.reader: {error}") from None
     for section, runs in (("pretrain_runs", config.pretrain_runs), ("runs", config.runs)):
         for name, run in runs.items():
             if run.dataset not in config.datasets:

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from xattn.errors import CapacityError, DataError
-from xattn.storage import read_json, write_json, write_text
+from xattn.storage import read_json, write_json
 
 _START_TIMEOUT_S = 120.0
 _POLL_S = 0.5
@@ -125,8 +125,9 @@ def _hold(state_path: Path, owner_pid: int) -> None:
     """Start a cluster, publish its state, and keep it until the owner is gone."""
     owner = psutil.Process(owner_pid)
     token_path = state_path.with_suffix(".token")
-    write_text(token_path, secrets.token_hex(32))
-    token_path.chmod(0o600)
+    # Readable by nobody else, from the first moment on.
+    with os.fdopen(os.open(token_path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
     os.environ.update(ray_environment(str(token_path)) | _MALLOC)
     import ray  # noqa: PLC0415 (reads the variables above when it is imported)
 
@@ -142,11 +143,18 @@ def _hold(state_path: Path, owner_pid: int) -> None:
     state = LocalCluster(address, str(token_path), me.pid, me.create_time(), owner_pid)
     write_json(state_path, asdict(state))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner; we follow it
-    while owner.is_running() and owner.status() != psutil.STATUS_ZOMBIE:
+    while _lives(owner):
         time.sleep(_POLL_S)
-    state_path.unlink(missing_ok=True)
-    token_path.unlink(missing_ok=True)
+    for path in (state_path, token_path, state_path.with_suffix(".log")):
+        path.unlink(missing_ok=True)
     ray.shutdown()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def ray_environment(token_path: str) -> dict[str, str]:
