@@ -15,7 +15,7 @@ from tests.conftest import PROJECT, small_params, write_params
 def xattn(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(PROJECT / "cli.py"), *words]
     return subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=cwd, timeout=120
+        command, check=False, capture_output=True, text=True, cwd=cwd, timeout=300
     )
 
 
@@ -119,9 +119,10 @@ def test_what_a_worker_would_stumble_over_is_told_before(project: Path) -> None:
     params["runs"]["segmenter"]["overrides"] = {"normalise": "valid"}
     write_params(project, params)
     assert "normalise" in fault("train", "segmenter", cwd=project)
-    params["runs"]["segmenter"] |= {"overrides": {}, "init": "params.yaml"}
+    params["runs"]["segmenter"] |= {"overrides": {}, "init": "other.json"}
     write_params(project, params)
-    fault("train", "segmenter", cwd=project)
+    (project / "other.json").write_text("{}")
+    assert "names no weights" in fault("train", "segmenter", cwd=project)
     assert not (project / "runs").exists(), "nothing was started"
 
 
