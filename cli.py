@@ -43,8 +43,12 @@ def models(
     """List the models with parameters and multiply-adds, ours beside the paper's."""
     from dataclasses import asdict
 
+    from xattn.errors import UnknownNameError
     from xattn.models.zoo import list_models, model_card
 
+    systems = {model_card(name).system for name in list_models()} if system else {}
+    if system is not None and system not in systems:
+        raise UnknownNameError("system", system, systems)
     cards = [model_card(name) for name in list_models(task, system)]
     if as_json:
         _print_json([asdict(card) for card in cards])
@@ -95,12 +99,13 @@ def datasets(
         return
     reader = load_reader(name)
     fields = {key: str(field.default) for key, field in reader.Settings.model_fields.items()}
-    layout = getattr(reader, "LAYOUT", "")
     if as_json:
-        _print_json({"name": name, "about": reader.__doc__, "settings": fields, "layout": layout})
+        _print_json(
+            {"name": name, "about": reader.__doc__, "settings": fields, "layout": reader.LAYOUT}
+        )
         return
     print((reader.__doc__ or "").strip(), "\n")
-    print("on disk:\n" + layout if layout else "", "\nsettings and their defaults:")
+    print(f"on disk:\n{reader.LAYOUT}\nsettings and their defaults:")
     _print_table([(f"  {key}", value) for key, value in fields.items()])
 
 
@@ -151,8 +156,11 @@ def shard(
     from pipelines.shard import shard as shard_configured
     from pipelines.shard import write_dataset
     from xattn.data.datasets import DatasetConfig
+    from xattn.errors import ConfigError
 
     base = Path.cwd()
+    if out is None and root is not None:
+        raise ConfigError("--root: goes with --out, which names the shard folder")
     if out is None:
         index = shard_configured(name, base)
     else:

@@ -19,7 +19,7 @@ from xattn.data.index import ShardIndex
 from xattn.data.shards import write_shards
 from xattn.errors import UnknownNameError
 from xattn.places import shards_dir
-from xattn.storage import alone_in
+from xattn.storage import alone_in, refused_disk
 from xattn.structures import Progress
 
 
@@ -48,7 +48,7 @@ def _write_alone(name: str, dataset: DatasetConfig, base: Path, out: Path) -> Sh
     reader, settings = load_reader(dataset.reader), reader_settings(dataset)
     root = resolve_root(dataset, base)
     if isinstance(reader, GeneratingReader):
-        with progress_bar(f"draw {name}", "img") as show:
+        with progress_bar(f"draw {name}", "img") as show, refused_disk(root):
             reader.generate(root, settings, lambda done, total: show(Progress(done, total)))
     info = reader.describe(root, settings)
     counts = {split: reader.count(root, split, settings) for split in info.splits}

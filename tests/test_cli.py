@@ -91,7 +91,9 @@ def test_train_evaluate_predict_report(project: Path) -> None:
 
 
 def test_faults_are_one_line(project: Path) -> None:
-    assert "no run 'segmentr'; there are: segmenter" in fault("train", "segmentr", cwd=project)
+    assert "unknown run 'segmentr'; did you mean 'segmenter'" in fault(
+        "train", "segmentr", cwd=project
+    )
     assert "no trained run 'segmenter'" in fault("evaluate", "segmenter", cwd=project)
     assert "did you mean 'demo'" in fault("preset", "use", "dmo", cwd=project)
     assert "has changes of yours" in fault("preset", "use", "demo", cwd=project)
@@ -147,9 +149,7 @@ def test_gpu_where_there_is_none(project: Path) -> None:
     assert "torch sees 0" in fault("train", "segmenter", cwd=project)
     params["cluster"] = {"backend": "ray", "workers": 1, "device": "cuda"}
     write_params(project, params)
-    assert "1 workers ask for 1 GPUs, this machine has 0" in fault(
-        "train", "segmenter", cwd=project
-    )
+    assert "1 worker asks for 1 GPU, this machine has 0" in fault("train", "segmenter", cwd=project)
 
 
 def test_more_workers_than_cores_are_refused_at_once(project: Path) -> None:

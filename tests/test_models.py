@@ -234,10 +234,12 @@ def test_wrong_names_and_numbers_are_named(name, overrides, message):
 def test_recipe_errors():
     with pytest.raises(ConfigError, match=r"'mit_b0' is for classification.*try one of segformer"):
         create_recipe("mit_b0", INFO)
-    with pytest.raises(UnknownNameError, match="unknown normalise 'valdi'; did you mean 'valid'"):
-        create_recipe("segformer_b0", INFO, normalise="valdi")
+    with pytest.raises(
+        ConfigError, match=r"loss\.normalise: unknown value 'valdi'; did you mean 'valid'"
+    ):
+        create_recipe("segformer_b0", INFO, {"normalise": "valdi"})
     classes = dataclasses.replace(INFO, tasks=("classification",))
-    recipe = create_recipe("mit_b0", classes, label_smoothing=0.2)
+    recipe = create_recipe("mit_b0", classes, {"label_smoothing": 0.2})
     assert recipe.task == "classification"
     logits = torch.tensor([[2.0, 0.0, -1.0]])
     loss = recipe.loss(logits, torch.tensor([0]), identity_mean)["loss"]

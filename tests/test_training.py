@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import small_params, write_params
 from xattn.config import load_config
-from xattn.errors import CheckpointError, ConfigError
+from xattn.errors import CapacityError, CheckpointError, ConfigError, XattnError
 from xattn.experiment import TrainJob, plan_job, run_training
 from xattn.structures import Progress
 from xattn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from xattn.train.distributed import resolve_device
 from xattn.train.engine import DivergedError
 from xattn.train.history import read_history
 
@@ -130,6 +131,40 @@ def test_global_batch_that_workers_cannot_share(project: Path) -> None:
     config = load_config(write_params(project, params))
     with pytest.raises(ConfigError, match=r"global batch.* 4 .*3"):
         plan_job(config, "finetune", "segmenter", project)
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ("weights.txt", r"runs\.segmenter\.init: found weights\.txt, expected a model\.json"),
+        ("gone.pt", r"runs\.segmenter\.init: .*gone\.pt: no such weights file"),
+        ("empty.json", r"names no weights; for random ones write pipelines/scratch\.json"),
+        ("lost.json", r"lost\.safetensors: no such weights file"),
+        ("other.json", r"other\.pt: not the weights that .*other\.json vouches for"),
+    ],
+)
+def test_initial_weights_that_are_none(project: Path, init: str, message: str) -> None:
+    (project / "empty.json").write_text("{}")
+    (project / "lost.json").write_text('{"weights": "lost.safetensors"}')
+    (project / "other.json").write_text('{"weights": "other.pt", "weights_sha256": "0"}')
+    (project / "other.pt").write_bytes(b"anything")
+    params = small_params()
+    params["runs"]["segmenter"] |= {"init": init}
+    config = load_config(write_params(project, params))
+    with pytest.raises(XattnError, match=message):
+        plan_job(config, "finetune", "segmenter", project)
+
+
+def test_ranks_of_a_machine_never_mix_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _number: None)
+    assert resolve_device("auto", 0, 1).type == "cuda"
+    assert [resolve_device("auto", rank, 2).type for rank in (0, 1)] == ["cpu", "cpu"]
+    with pytest.raises(CapacityError, match=r"cluster\.device: 'cuda' asks for 2 GPUs .* sees 1"):
+        resolve_device("cuda", 0, 2, "cluster.device")
+    with pytest.raises(ConfigError, match=r"device: found 'gpu', expected one of auto, cpu, cuda"):
+        resolve_device("gpu")
 
 
 def test_checkpoints_survive_damage_and_refuse_strangers(tmp_path: Path) -> None:

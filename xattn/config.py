@@ -218,6 +218,8 @@ def _fault(details: ErrorDetails, model: type[BaseModel]) -> str:
         return f"unknown key; did you mean '{near}'?" if near else "unknown key"
     if details["type"] == "missing":
         return "missing; it has no default"
+    if details["type"] == "value_error":  # of a check of ours, which says what it found
+        return details["msg"].removeprefix("Value error, ")
     message = details["msg"].replace("Input should be", "expected", 1)
     return f"{message[0].lower()}{message[1:]}, found {details['input']!r}"
 

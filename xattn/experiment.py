@@ -25,13 +25,13 @@ from xattn.config import Config, FinetuneConfig, PretrainConfig, RunConfig
 from xattn.data.index import ShardIndex
 from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.data.order import check_divides
-from xattn.errors import ConfigError, DataError
+from xattn.errors import CheckpointError, ConfigError, UnknownNameError
 from xattn.evaluate.inference import headline, metrics_of, score_classification, score_segmentation
-from xattn.models.weights import load_weights, save_weights
-from xattn.models.zoo import create_recipe, model_card
+from xattn.models.weights import WEIGHTS_SUFFIXES, load_weights, save_weights
+from xattn.models.zoo import create_recipe, list_models
 from xattn.places import run_dir, shards_dir
-from xattn.storage import read_json, sha256_file, sha256_json, write_json
-from xattn.structures import Progress, Recipe
+from xattn.storage import read_json, refused_disk, sha256_file, sha256_json, write_json
+from xattn.structures import Progress, Recipe, Task
 from xattn.tracking import RunLogger, TrackedRun, close_run, open_run
 from xattn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from xattn.train.distributed import (
@@ -50,11 +50,14 @@ from xattn.train.optim import build_optimizer
 
 Stage = Literal["pretrain", "finetune"]
 
+SCRATCH = "pipelines/scratch.json"
+"""What `init` names for random weights; a file, since it stands among a stage's dependencies."""
+
 _CODE = (
-    *("structures.py", "losses.py", "experiment.py", "nn", "models", "train"),
+    *("structures.py", "losses.py", "experiment.py", "nn", "models", "train", "evaluate"),
     *("data/index.py", "data/order.py", "data/transforms.py", "data/loader.py"),
 )
-"""What decides a trained model beside settings and data, relative to the package."""
+"""What decides a trained model and its validation beside settings and data, in the package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +103,23 @@ def plan_job(config: Config, stage: Stage, run: str, base: Path) -> tuple[TrainJ
 
     Raises:
         ConfigError: no run of that name in the section, a model for another task, a global batch
-            that the workers cannot share evenly.
-        DataError: the shards or the initial weights are missing.
+            that the workers cannot share evenly, an `init` that names no weights.
+        DataError: the shards are missing.
+        CheckpointError: the initial weights are missing or damaged.
     """
     runs = config.pretrain_runs if stage == "pretrain" else config.runs
+    section = "pretrain_runs" if stage == "pretrain" else "runs"
     if run not in runs:
-        section = "pretrain_runs" if stage == "pretrain" else "runs"
-        raise ConfigError(f"{section}: no run '{run}'; there are: {', '.join(runs) or 'none'}")
+        raise ConfigError(f"{section}: {UnknownNameError('run', run, runs)}")
     spec, recipe = runs[run], config.pretrain if stage == "pretrain" else config.finetune
-    wanted = "classification" if stage == "pretrain" else "segmentation"
-    if model_card(spec.model).task != wanted:
-        raise ConfigError(f"{run}.model: '{spec.model}' does not train for {wanted}")
+    wanted: Task = "classification" if stage == "pretrain" else "segmentation"
+    if spec.model not in list_models(wanted):
+        near = UnknownNameError(f"{wanted} model", spec.model, list_models(wanted))
+        raise ConfigError(f"{section}.{run}.model: {near}")
     if config.cluster.backend == "ray":
         check_divides(recipe.fit.global_batch, config.cluster.workers)
     shards = shards_dir(base, spec.dataset).resolve()
-    init_weights = _resolve_init(spec.init, base)
+    init_weights = _resolve_init(spec.init, base, f"{section}.{run}.init")
     covered = {
         "stage": stage,
         "model": spec.model,
@@ -167,7 +172,8 @@ def run_training(
         # Under torchrun rank 0 keeps the lock, the records and the tracking.
         launch(work, job, config.cluster, job.run_dir, base, on_progress)
         return job
-    job.run_dir.mkdir(parents=True, exist_ok=True)
+    with refused_disk(job.run_dir):
+        job.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(job.run_dir / ".lock", timeout=0):
             _train_tracked(job, covered, config, base, on_progress)
@@ -272,8 +278,7 @@ def work(job: TrainJob, post: Callable[[Progress], None]) -> None:
 def build_recipe(job: TrainJob, index: ShardIndex, ranks: Ranks) -> Recipe:
     """Build the job's recipe with its initial weights on this rank's device."""
     torch.manual_seed(job.seed)  # every rank draws the same initial weights
-    overrides = {**job.spec.overrides, **job.recipe.loss}
-    recipe = create_recipe(job.spec.model, index.info, **overrides)
+    recipe = create_recipe(job.spec.model, index.info, job.recipe.loss, **job.spec.overrides)
     if job.init_weights is not None:
         load_weights(recipe.model, job.init_weights)
     apply_sync_batchnorm(recipe.model, ranks)
@@ -399,15 +404,28 @@ def _publish(job: TrainJob, state: State, scores: dict[str, float], wall_s: floa
     write_json(job.final_dir / "summary.json", summary)
 
 
-def _resolve_init(init: str, base: Path) -> Path | None:
+def _resolve_init(init: str, base: Path, key: str) -> Path | None:
     """Return the weights file that `init` leads to: itself, or what a model.json points at."""
-    path = Path(init) if Path(init).is_absolute() else base / init
-    if path.suffix != ".json":
-        if not path.exists():
-            raise DataError(f"init: {path}: no such weights file")
-        return path.resolve()
-    weights = read_json(path).get("weights")
-    return (path.parent / weights).resolve() if weights else None
+    if init.endswith(SCRATCH):  # also by its absolute path
+        return None
+    path = base / init
+    if path.suffix in WEIGHTS_SUFFIXES:
+        weights, expected = path, None
+    elif path.suffix == ".json":
+        card = read_json(path)
+        if not card.get("weights"):
+            raise ConfigError(f"{key}: {init} names no weights; for random ones write {SCRATCH}")
+        weights, expected = path.parent / str(card["weights"]), card.get("weights_sha256")
+    else:
+        raise ConfigError(
+            f"{key}: found {init}, expected a model.json or weights "
+            f"({', '.join(WEIGHTS_SUFFIXES)}); for random ones write {SCRATCH}"
+        )
+    if not weights.is_file():
+        raise CheckpointError(f"{key}: {weights}: no such weights file; `dvc pull` or train it")
+    if expected is not None and sha256_file(weights) != expected:
+        raise CheckpointError(f"{key}: {weights}: not the weights that {path} vouches for")
+    return weights.resolve()
 
 
 def code_fingerprint() -> str:
@@ -423,7 +441,9 @@ def code_fingerprint() -> str:
 
 def git_commit(base: Path) -> str:
     """Return the folder's commit, with "-dirty" when files differ; without git "unknown"."""
-    command = ["git", "-C", str(base), "describe", "--always", "--abbrev=40", "--dirty"]
+    # Without a tag that fits, --always gives the commit.
+    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    command = ["git", "-C", str(base), *describe]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

@@ -23,6 +23,11 @@ from xattn.train.distributed import resolve_device
 
 Transform = SegmentationEval | ClassificationEval
 
+_CARD_KEYS = (
+    *("model", "overrides", "dataset", "task", "class_names", "palette", "transform"),
+    *("weights", "weights_sha256"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
@@ -86,10 +91,13 @@ def load_predictor(folder: Path, device: str, transform: Transform | None = None
         CheckpointError: the weights are missing, or not those that model.json vouches for.
     """
     card = read_json(folder / "model.json")
-    weights = folder / str(card.get("weights"))
+    lacking = [key for key in _CARD_KEYS if key not in card]
+    if lacking:
+        raise DataError(f"{folder / 'model.json'}: lacks '{lacking[0]}'; not what a training left")
+    weights = folder / str(card["weights"])
     if not weights.exists():
         raise CheckpointError(f"{weights}: missing; run `dvc repro` or `dvc pull` to have it back")
-    if sha256_file(weights) != card.get("weights_sha256"):
+    if sha256_file(weights) != card["weights_sha256"]:
         raise CheckpointError(
             f"{weights}: not the weights that {folder / 'model.json'} vouches for"
         )

@@ -20,9 +20,6 @@ from xattn.tracking import TrackedRun, TrackingConfig, register_model, tracking_
 from xattn.train.distributed import is_first_process
 from xattn.train.history import curve_csv, read_history
 
-SCRATCH = "pipelines/scratch.json"
-"""What `init` names for random weights; a file, since it stands among a stage's dependencies."""
-
 
 def train_run(
     config: Config, stage: Stage, run: str, base: Path, on_progress: Callable[[Progress], None]
@@ -42,7 +39,8 @@ def train_run(
     Raises:
         ConfigError, DataError: what would otherwise fail after hours, before anything is started.
     """
-    _check_beforehand(*plan_job(config, stage, run, base))
+    job, _ = plan_job(config, stage, run, base)
+    _check_beforehand(job)
     job = run_training(config, stage, run, base, on_progress)
     out = results_dir(base, stage, run)
     if is_first_process():
@@ -51,19 +49,19 @@ def train_run(
     return out
 
 
-def _check_beforehand(job: TrainJob, covered: dict[str, Any]) -> None:
+def _check_beforehand(job: TrainJob) -> None:
     """Find now what a worker would stumble over later, and forget a result that was damaged."""
     index = ShardIndex.open(job.shards)
     for split in (job.recipe.train_split, job.recipe.validate_on.split):
         index.split(split)
     spec = job.spec
+    section = "pretrain_runs" if job.stage == "pretrain" else "runs"
     with torch.device("meta"):
-        create_model(spec.model, num_classes=index.info.num_classes, **spec.overrides)
-        create_recipe(spec.model, index.info, **{**spec.overrides, **job.recipe.loss})
-    if covered["init"] is None and not spec.init.endswith(SCRATCH):
-        raise ConfigError(
-            f"{job.run}.init: {spec.init} names no weights; for random ones write {SCRATCH}"
-        )
+        try:
+            create_recipe(spec.model, index.info, job.recipe.loss, **spec.overrides)
+        except ConfigError as error:
+            place = job.stage if str(error).startswith("loss.") else f"{section}.{job.run}"
+            raise ConfigError(f"{place}.{error}") from None
     summary, weights = job.final_dir / "summary.json", job.final_dir / "model.safetensors"
     if summary.exists() and (
         not weights.exists() or sha256_file(weights) != read_json(summary)["weights_sha256"]

@@ -90,9 +90,9 @@ def open_run(
             return TrackedRun(uri=uri, run_id=run_id, system_metrics=config.system_metrics)
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is None:
-            # Without an absolute place, a plain database would put artifacts below the working
-            # folder.
-            place = None if config.uri else (base.resolve() / "mlartifacts").as_uri()
+            # A server knows its own place; a plain database would take the working folder's.
+            is_server = uri.startswith(("http://", "https://", "databricks"))
+            place = None if is_server else (base.resolve() / "mlartifacts").as_uri()
             experiment_id = client.create_experiment(config.experiment, artifact_location=place)
         else:
             experiment_id = experiment.experiment_id
@@ -207,6 +207,12 @@ class RunLogger:
     def close(self) -> None:
         """Send the rest and stop sampling the machine."""
         self.flush()
+        if self._points:
+            _log.warning(
+                "%d points did not reach MLflow run %s; the run folder's history.jsonl has them",
+                len(self._points),
+                self._run_id,
+            )
         if self._monitor is not None:
             self._monitor.finish()
 
@@ -236,12 +242,12 @@ def _mlflow() -> Any:
 
 def _exists(client: Any, run_id: str) -> bool:
     try:
-        client.get_run(run_id)
+        found = client.get_run(run_id)
     except Exception as error:
         if type(error).__name__ == "MlflowException" and "not found" in str(error):
             return False
         raise
-    return True
+    return bool(found.info.lifecycle_stage == "active")  # not one that the user deleted
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from xattn.errors import CapacityError, DataError
-from xattn.storage import read_json, write_json
+from xattn.storage import read_json, refused_disk, write_json
 
 _START_TIMEOUT_S = 120.0
 _POLL_S = 0.5
@@ -61,9 +61,11 @@ def shared_cluster(base: Path) -> LocalCluster:
     running = _running(state_path)
     if running is not None:
         return running
-    state_path.unlink(missing_ok=True)
     log_path = state_path.with_suffix(".log")
-    log_path.parent.mkdir(exist_ok=True)
+    with refused_disk(log_path):
+        state_path.unlink(missing_ok=True)
+        log_path.parent.mkdir(exist_ok=True)
+        log_path.touch()
     with log_path.open("wb") as log:
         holder = subprocess.Popen(
             [sys.executable, "-m", "xattn.cluster.local", str(state_path), str(owner.pid)],

@@ -51,8 +51,17 @@ def check_capacity(config: ClusterConfig, available: Mapping[str, float], where:
     for kind, count in asked.items():
         have = int(available.get(kind, 0))
         if count > have:
-            fix = "lower cluster.workers" if have else "set cluster.device to 'cpu' or 'auto'"
+            if not have:
+                fix = "set cluster.device to 'cpu' or 'auto'"
+            elif kind == "CPU" and config.cpus_per_worker > 1 and config.workers <= have:
+                fix = f"lower cluster.cpus_per_worker to {have // config.workers}"
+            else:
+                fix = f"lower cluster.workers to {have}"
             raise CapacityError(
-                f"cluster: {config.workers} workers ask for {count} {kind}s, "
-                f"{where} has {have}; {fix}"
+                f"cluster: {_count(config.workers, 'worker')} ask{'s' * (config.workers == 1)} for "
+                f"{_count(count, kind)}, {where} has {have}; {fix}"
             )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

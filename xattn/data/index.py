@@ -149,7 +149,7 @@ class ShardIndex:
         except (FileNotFoundError, NotADirectoryError):
             message = f"{path} has no {INDEX_NAME}: not a shard folder; make it with `xattn shard`"
             raise DataError(message) from None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{file} is not readable as JSON ({error}); {RESTORE}") from error
         schema = document.get("schema") if isinstance(document, dict) else None
         if schema != SCHEMA:

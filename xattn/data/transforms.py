@@ -14,10 +14,10 @@ base of whole pixels. As there, images are resized bilinearly without antialiasi
 import hashlib
 import random
 import struct
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor
 
 from xattn.structures import IGNORE_INDEX
@@ -40,6 +40,17 @@ _AREA_TRIES = 10
 
 Size = tuple[PositiveInt, PositiveInt]
 """(height, width) in pixels."""
+
+
+def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"expected the lower end first, found {list(value)}")
+    return value
+
+
+_Ascending = AfterValidator(_check_ascending)
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 def rng_for(seed: int, epoch: int, sample_id: int) -> random.Random:
@@ -71,7 +82,7 @@ class SegmentationAugment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: Size
-    ratio: tuple[float, float] = (0.5, 2.0)
+    ratio: Annotated[tuple[_Positive, _Positive], _Ascending] = (0.5, 2.0)
     crop: Size
     class_cap: float = Field(default=0.75, gt=0, le=1)
     flip: float = Field(default=0.5, ge=0, le=1)
@@ -158,7 +169,7 @@ class ClassificationAugment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(ge=1)
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Annotated[tuple[_Fraction, _Fraction], _Ascending] = (0.08, 1.0)
     flip: float = Field(default=0.5, ge=0, le=1)
     colour_jitter: float = Field(default=0.0, ge=0, le=1)
 
@@ -204,6 +215,12 @@ class ClassificationEval(BaseModel):
 
     size: int = Field(ge=1)
     resize: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _check_crop_fits(self) -> Self:
+        if self.resize < self.size:
+            raise ValueError(f"resize is {self.resize}, expected at least size, {self.size}")
+        return self
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the normalised image (3, size, size)."""

@@ -16,6 +16,7 @@ from xattn.models.hila import HilaMiT
 from xattn.storage import write_atomic
 
 SOURCES = ("auto", "xattn", "nvlabs")
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth")
 
 # NVlabs/SegFormer's names in the order of rewriting; the prefix "decode_head." has become "head.".
 _NVLABS_RULES = (
@@ -131,13 +132,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is missing, unreadable or of another kind.
     """
-    readers = {".safetensors": load_file, ".pt": _read_pickle, ".pth": _read_pickle}
-    if path.suffix not in readers:
-        raise CheckpointError(f"{path}: found '{path.suffix}', expected {', '.join(readers)}")
+    if path.suffix not in WEIGHTS_SUFFIXES:
+        expected = ", ".join(WEIGHTS_SUFFIXES)
+        raise CheckpointError(f"{path}: found '{path.suffix}', expected {expected}")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weights file")
     try:
-        content: Any = readers[path.suffix](path)
+        content = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as weights: {error}") from error
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}

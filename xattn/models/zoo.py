@@ -5,6 +5,7 @@ Reading the two tables is reading the papers: `_MIT` is table 6 of SegFormer (Xi
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -161,21 +162,29 @@ def create_model(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
         ConfigError: an override is unknown, of the wrong type or out of range.
     """
     variant = _variant(name)
-    return _build(variant, num_classes, _override(name, variant.defaults, overrides))
+    numbers = _override("overrides", f"'{name}'", variant.defaults, overrides)
+    try:
+        return _build(variant, num_classes, numbers)
+    except ConfigError as error:  # of numbers that do not go together
+        raise ConfigError(f"overrides.{error}") from None
 
 
-def create_recipe(name: str, info: DatasetInfo, **overrides: Any) -> Recipe:
+def create_recipe(
+    name: str, info: DatasetInfo, loss: Mapping[str, Any] | None = None, **overrides: Any
+) -> Recipe:
     """Build a model for a data set, with its loss and its decoding.
 
     Args:
         name: one of `list_models()`.
         info: the data set; gives the number of classes.
-        **overrides: as in `create_model`, and of the loss: normalise ("all" or "valid" pixels) for
-            segmentation, label_smoothing for classification.
+        loss: numbers of the loss that differ from the papers': normalise ("all" or "valid" pixels)
+            for segmentation, label_smoothing for classification.
+        **overrides: as in `create_model`.
 
     Raises:
         UnknownNameError: there is no model `name`.
-        ConfigError: the data set cannot train this model's task, or an override is wrong.
+        ConfigError: the data set cannot train this model's task, or a number is wrong; the message
+            opens with "overrides" or "loss" and its key.
     """
     variant = _variant(name)
     if variant.task not in info.tasks:
@@ -183,21 +192,17 @@ def create_recipe(name: str, info: DatasetInfo, **overrides: Any) -> Recipe:
             f"model: '{name}' is for {variant.task}, but data set '{info.name}' trains "
             f"{' and '.join(info.tasks)}; try one of {', '.join(list_models(info.tasks[0]))}"
         )
-    loss_defaults = _LOSS_DEFAULTS[variant.task]
-    numbers = _override(name, {**variant.defaults, **loss_defaults}, overrides)
-    loss_numbers = {key: numbers.pop(key) for key in loss_defaults}
-    model = _build(variant, info.num_classes, numbers)
+    what = f"the loss for {variant.task}"
+    loss_numbers = _override("loss", what, _LOSS_DEFAULTS[variant.task], loss or {})
+    model = create_model(name, num_classes=info.num_classes, **overrides)
     if variant.task == "classification":
-        loss = functools.partial(_classification_loss, **loss_numbers)
-        return Recipe(model, loss, _decode_classification, variant.task)
+        loss_function: Any = functools.partial(_classification_loss, **loss_numbers)
+        return Recipe(model, loss_function, _decode_classification, variant.task)
     if loss_numbers["normalise"] not in ("all", "valid"):
-        raise UnknownNameError("normalise", loss_numbers["normalise"], ("all", "valid"))
-    return Recipe(
-        model,
-        functools.partial(_segmentation_loss, **loss_numbers),
-        _decode_segmentation,
-        variant.task,
-    )
+        unknown = UnknownNameError("value", loss_numbers["normalise"], ("all", "valid"))
+        raise ConfigError(f"loss.normalise: {unknown}")
+    loss_function = functools.partial(_segmentation_loss, **loss_numbers)
+    return Recipe(model, loss_function, _decode_segmentation, variant.task)
 
 
 @functools.cache
@@ -247,9 +252,15 @@ def _build(variant: _Variant, num_classes: int, numbers: dict[str, Any]) -> nn.M
 
 
 def _override(
-    name: str, defaults: Mapping[str, Any], overrides: Mapping[str, Any]
+    section: str, owner: str, defaults: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return `defaults` with `overrides` put in.
+
+    Args:
+        section: what the overrides are called, for messages.
+        owner: whose numbers they are, for messages.
+        defaults: every number there is.
+        overrides: those to change.
 
     Raises:
         ConfigError: see `create_model`.
@@ -258,8 +269,11 @@ def _override(
         if key not in defaults:
             near = nearest(key, defaults)
             hint = f"did you mean '{near}'?" if near else f"known: {', '.join(sorted(defaults))}"
-            raise ConfigError(f"{key}: '{name}' has no such setting; {hint}")
-        _check_type(key, value, defaults[key])
+            raise ConfigError(f"{section}.{key}: {owner} has no such setting; {hint}")
+        try:
+            _check_type(key, value, defaults[key])
+        except ConfigError as error:
+            raise ConfigError(f"{section}.{error}") from None
     return {**defaults, **overrides}
 
 
@@ -269,7 +283,7 @@ _COUNTS = ("patch", "ffn_ratio")
 
 def _check_type(key: str, value: Any, default: Any) -> None:
     """Raise ConfigError unless `value` can stand where `default` stands."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = type(value) in (int, float) and math.isfinite(value)
     if key in _RATES:
         fits, expected = number and 0 <= value < 1, "a number in [0, 1)"
     elif key in _COUNTS:

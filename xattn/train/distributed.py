@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from xattn.errors import CapacityError
+from xattn.errors import CapacityError, ConfigError
 
 _TIMEOUT = timedelta(minutes=30)
 _CPU = torch.device("cpu")
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +42,31 @@ class Ranks:
         return self.rank == 0
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+def resolve_device(
+    name: str, local_rank: int = 0, local_world: int = 1, key: str = "device"
+) -> torch.device:
     """Turn "auto", "cpu" or "cuda" into this process's device.
 
+    Args:
+        name: "auto" takes GPUs where each local rank can have one, so that ranks never mix.
+        local_rank: 0..local_world-1 on this machine.
+        local_world: ranks on this machine.
+        key: what the setting is called, for messages.
+
     Raises:
+        ConfigError: `name` is none of the three.
         CapacityError: CUDA was asked for where torch sees no GPU, or fewer than there are local
             ranks.
     """
+    if name not in _DEVICES:
+        raise ConfigError(f"{key}: found '{name}', expected one of {', '.join(_DEVICES)}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cuda" and local_rank >= count:
+    if name == "cuda" and local_world > count:
         raise CapacityError(
-            f"cluster.device: 'cuda' asks for {local_rank + 1} GPU(s) on this machine, "
-            f"torch sees {count}; set it to 'cpu' or 'auto'"
+            f"{key}: 'cuda' asks for {local_world} GPU{'s' if local_world > 1 else ''} on this "
+            f"machine, torch sees {count}; set it to 'cpu' or 'auto'"
         )
-    if name == "cuda" or (name == "auto" and count > local_rank):
+    if name == "cuda" or (name == "auto" and count >= local_world):
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
@@ -67,7 +79,10 @@ def join_ranks(device: str = "auto") -> Ranks:
     join.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # Ray gives each of its workers its own view of the GPUs, torchrun shows all to every rank.
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    place = resolve_device(device, local_rank, local_world, "cluster.device")
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=_TIMEOUT)

@@ -1,20 +1,20 @@
 """AdamW with the papers' parameter groups, and learning rates as a pure function of the step.
 
-Sources: SegFormer and HILA's configuration files (facts in the specs, section 4): parameters whose
-    name
-contains "norm" are not decayed, those whose name contains "head" learn ten times as fast, poly
-schedule with a linear warm-up. PVT's ImageNet recipe: nothing one-dimensional is decayed, cosine
-schedule.
+Sources: SegFormer and HILA's configuration files: parameters whose name contains "norm" are not
+decayed, those whose name contains "head" learn ten times as fast, poly schedule with a linear
+warm-up. PVT's ImageNet recipe: nothing one-dimensional is decayed, cosine schedule.
 
 A learning rate that is computed from the step needs no state in the checkpoint.
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+
+_Moment = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(BaseModel):
@@ -34,11 +34,11 @@ class OptimConfig(BaseModel):
         decay_vectors: whether one-dimensional parameters (biases, norms) are decayed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     lr: float = Field(gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Moment, _Moment] = (0.9, 0.999)
     schedule: Literal["poly", "cosine"] = "poly"
     power: float = Field(default=1.0, gt=0)
     min_lr: float = Field(default=0.0, ge=0)

@@ -5,6 +5,7 @@ set is adding a file. Modules whose names start with an underscore are no reader
 """
 
 import importlib
+import json
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -33,6 +34,9 @@ class Reader(Protocol):
 
     URL: str
     """Where the data can be had; empty when they are generated or the user's own."""
+
+    LAYOUT: str
+    """The expected tree on disk, as a user would draw it."""
 
     Settings: type[BaseModel]
 
@@ -95,13 +99,18 @@ class DatasetConfig(BaseModel, frozen=True, extra="forbid"):
     def _check_settings(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         # pydantic puts this field's name before the keys of the errors that are raised in here
         if "reader" in info.data:
-            load_reader(info.data["reader"]).Settings.model_validate(value)
+            _parse_settings(info.data["reader"], value)
         return value
 
 
 def reader_settings(config: DatasetConfig) -> BaseModel:
     """Return `config.settings` as the reader's own `Settings`."""
-    return load_reader(config.reader).Settings.model_validate(config.settings)
+    return _parse_settings(config.reader, config.settings)
+
+
+def _parse_settings(reader: str, value: dict[str, Any]) -> BaseModel:
+    """Validate as params.yaml is: strictly, but a list may fill a tuple."""
+    return load_reader(reader).Settings.model_validate_json(json.dumps(value), strict=True)
 
 
 def resolve_root(config: DatasetConfig, base: Path) -> Path:

@@ -16,7 +16,14 @@ from PIL import Image
 
 from xattn.errors import DataError, UnknownNameError
 
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 """What PIL raises for broken files."""
 
 

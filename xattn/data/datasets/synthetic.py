@@ -15,11 +15,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from xattn.data.datasets import _files, _scenes, voc
 from xattn.errors import DataError
@@ -30,9 +30,11 @@ SPLITS = ("train", "val", "test")
 FOLDERS = ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets")
 MARKER = "synthetic.json"
 """Says which settings the files of a folder were drawn with, and whether all are there."""
+LAYOUT = f"synthetic/\n  {MARKER}\n" + voc.LAYOUT.split("\n", 1)[1]
 VOC_PALETTE = [channel for colour in _files.palette(256) for channel in colour]
 
 Side = Annotated[int, Field(ge=64, le=4096)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
@@ -56,7 +58,13 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     test: int = Field(64, ge=1)
     seed: int = Field(0, ge=0)
     noise: float = Field(8.0, ge=0, le=64)
-    things: tuple[int, int] = (4, 9)
+    things: tuple[Count, Count] = (4, 9)
+
+    @model_validator(mode="after")
+    def _check_things(self) -> Self:
+        if self.things[0] > self.things[1]:
+            raise ValueError(f"things: found {list(self.things)}, expected the fewest first")
+        return self
 
 
 def describe(root: Path, settings: Settings) -> DatasetInfo:
@@ -72,7 +80,7 @@ def describe(root: Path, settings: Settings) -> DatasetInfo:
         licence="Apache-2.0, generated",
         url=URL,
         citation="none; drawn by xattn",
-        layout=f"synthetic/\n  {MARKER}\n" + voc.LAYOUT.split("\n", 1)[1],
+        layout=LAYOUT,
     )
 
 
