@@ -51,9 +51,11 @@ def _write_alone(name: str, dataset: DatasetConfig, base: Path, out: Path) -> Sh
         with progress_bar(f"draw {name}", "img") as show, refused_disk(root):
             reader.generate(root, settings, lambda done, total: show(Progress(done, total)))
     info = reader.describe(root, settings)
-    counts = {split: reader.count(root, split, settings) for split in info.splits}
+    entries = {split: reader.entries(root, split, settings) for split in info.splits}
+    counts = {split: len(found) for split, found in entries.items()}
     splits = {
-        split: (counts[split], reader.samples(root, split, settings)) for split in info.splits
+        split: (len(found), (reader.read(entry, info, settings) for entry in found))
+        for split, found in entries.items()
     }
     before = dict(zip(counts, _sums_before(list(counts.values())), strict=True))
     with progress_bar(f"shard {name}", "img") as show:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from tests.raw_files import decode, samples_of, write_image, write_mask, write_text
 from xattn.data.datasets import (
     DatasetConfig,
     GeneratingReader,
@@ -27,33 +28,6 @@ from xattn.errors import ConfigError, DataError, UnknownNameError
 from xattn.structures import Box
 
 SMALL = synthetic.Settings(image_size=(96, 128), train=24, val=3, test=2)
-
-
-def write_image(path: Path, size=(8, 6), mode="RGB", value=90) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fill = value if mode in ("L", "P", "I;16") else (value,) * len(mode)
-    Image.new(mode, size, fill).save(path)
-    return path
-
-
-def write_mask(path: Path, ids, mode="L") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ids = np.asarray(ids, np.uint8)
-    image = Image.frombytes(mode, ids.shape[::-1], ids.tobytes())
-    if mode == "P":
-        image.putpalette(bytes(range(256)) * 3)
-    image.save(path)
-    return path
-
-
-def write_text(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def decode(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -257,7 +231,7 @@ def test_interrupted_generation_goes_on(drawn, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         synthetic.generate(root, SMALL, stop)
     with pytest.raises(DataError, match="not there in full"):
-        next(synthetic.samples(root, "train", SMALL))
+        synthetic.entries(root, "train", SMALL)
     before = (root / "JPEGImages/train_000000.jpg").stat().st_mtime_ns
     synthetic.generate(root, SMALL, ignore_progress)
     assert (root / "JPEGImages/train_000000.jpg").stat().st_mtime_ns == before
@@ -273,7 +247,7 @@ def test_generation_refuses_a_folder_of_others(tmp_path):
 
 def test_every_class_appears_in_every_task(drawn):
     seen = np.zeros(256, bool)
-    for sample in synthetic.samples(drawn, "train", SMALL):
+    for sample in samples_of(synthetic, drawn, "train", SMALL):
         mask = decode(sample.mask)
         assert mask.shape == decode(sample.image).shape[:2] == (96, 128)
         assert sample.label is None
@@ -283,11 +257,11 @@ def test_every_class_appears_in_every_task(drawn):
     assert info.class_names == _scenes.NAMES
     assert (np.flatnonzero(seen) == np.arange(info.num_classes)).all()
     boxed = SMALL.model_copy(update={"task": "detection"})
-    found = [s.boxes for s in synthetic.samples(drawn, "train", boxed)]
+    found = [s.boxes for s in samples_of(synthetic, drawn, "train", boxed)]
     names = synthetic.describe(drawn, boxed).class_names
     assert {names[b.class_id] for boxes in found for b in boxes} == set(_scenes.THINGS)
     labelled = SMALL.model_copy(update={"task": "classification"})
-    labels = [s.label for s in synthetic.samples(drawn, "train", labelled)]
+    labels = [s.label for s in samples_of(synthetic, drawn, "train", labelled)]
     largest = [max(b, key=lambda b: (b.x2 - b.x1) * (b.y2 - b.y1)).class_id for b in found]
     assert labels == largest
     assert len(set(labels)) >= 6
@@ -300,8 +274,8 @@ def test_boxes_enclose_what_is_visible(drawn, index):
     scene = _scenes.draw_scene(rng, (width, height), SMALL.noise)
     mask, owners = np.asarray(scene.mask), np.asarray(scene.owners)
     boxed = SMALL.model_copy(update={"task": "detection"})
-    sample = list(synthetic.samples(drawn, "train", boxed))[index]
-    stored = list(synthetic.samples(drawn, "train", SMALL))[index]
+    sample = list(samples_of(synthetic, drawn, "train", boxed))[index]
+    stored = list(samples_of(synthetic, drawn, "train", SMALL))[index]
     assert (decode(stored.mask) == mask).all()
     assert len(sample.boxes) == len(scene.things) > 0
     for thing, box in zip(scene.things, sample.boxes, strict=True):
@@ -334,7 +308,7 @@ def make_voc(root: Path, names=("a",), objects=(("dog", 0, 1, 1, 8, 6),)) -> Pat
 
 
 def read_voc(root: Path, task: str, split="train"):
-    return list(voc.samples(root, split, voc.Settings(task=task)))
+    return list(samples_of(voc, root, split, voc.Settings(task=task)))
 
 
 def test_voc_tasks_in_a_path_with_spaces_and_unicode(tmp_path):
@@ -343,7 +317,7 @@ def test_voc_tasks_in_a_path_with_spaces_and_unicode(tmp_path):
         info = voc.describe(root, voc.Settings(task=task))
         assert info.num_classes == len(info.palette) == (21 if task == "segmentation" else 20)
         assert info.splits == ("train",)
-        assert voc.count(root, "train", voc.Settings(task=task)) == 2
+        assert len(voc.entries(root, "train", voc.Settings(task=task))) == 2
         found = read_voc(root, task)
         assert [s.key for s in found] == ["x 1", "\u00fc_2"]
         targets = [found[0].mask, found[0].boxes, found[0].label]
@@ -396,7 +370,7 @@ def test_voc_bad_annotations(tmp_path):
     [
         ("JPEGImages/a.jpg", "segmentation", "missing image of 'a'"),
         ("SegmentationClass/a.png", "segmentation", "missing mask of a.jpg"),
-        ("Annotations/a.xml", "detection", "missing annotation of a.jpg"),
+        ("Annotations/a.xml", "detection", "missing boxes of a.jpg"),
     ],
 )
 def test_voc_missing_partner(tmp_path, path, task, what):
@@ -441,8 +415,8 @@ def test_camvid_reads_both_suffixes_in_list_order(tmp_path):
     assert info.class_names[10] == "bicyclist"
     assert info.palette[3] == (128, 64, 128)
     assert info.ignore_ids == (11,)
-    assert camvid.count(root, "train", settings) == 2
-    found = list(camvid.samples(root, "train", settings))
+    assert len(camvid.entries(root, "train", settings)) == 2
+    found = list(samples_of(camvid, root, "train", settings))
     assert [(s.key, s.image_format) for s in found] == [("f2", "png"), ("f1", "jpg")]
     assert found[0].mask == (root / "trainannot/f2.png").read_bytes()
 
@@ -450,18 +424,18 @@ def test_camvid_reads_both_suffixes_in_list_order(tmp_path):
 def test_camvid_faults(tmp_path):
     root, settings = make_camvid(tmp_path), camvid.Settings()
     write_mask(root / "trainannot/f1.png", [[12] * 8] * 6)
-    stream = camvid.samples(root, "train", settings)
+    stream = samples_of(camvid, root, "train", settings)
     assert next(stream).key == "f2"
     with pytest.raises(DataError, match=r"f1\.png: unknown class id 12 in 48 pixels.*0..10 or 11"):
         next(stream)
     (root / "train/f2.png").unlink()
     with pytest.raises(DataError, match=r"f2\.jpg: missing image of f2\.png"):
-        next(camvid.samples(root, "train", settings))
+        camvid.entries(root, "train", settings)
     with pytest.raises(DataError, match=r"val\.txt: no such file"):
-        camvid.count(root, "val", settings)
+        camvid.entries(root, "val", settings)
     write_text(root / "val.txt", "train/f1.jpg\n")
     with pytest.raises(DataError, match=r"val\.txt: expected 'image mask', found 'train/f1\.jpg'"):
-        camvid.count(root, "val", settings)
+        camvid.entries(root, "val", settings)
 
 
 # ---- folder -------------------------------------------------------------------------------------
@@ -480,24 +454,24 @@ def test_folder_classes_come_from_train(tmp_path):
     assert info.class_names == ("a c", "b")
     assert info.splits == ("train", "val")
     assert len(set(info.palette)) == 2
-    found = list(folder.samples(root, "train", settings))
+    found = list(samples_of(folder, root, "train", settings))
     assert [(s.key, s.label) for s in found] == [("a c_1", 0), ("b_0", 1), ("b_1", 1)]
-    assert folder.count(root, "train", settings) == 3
-    assert [s.label for s in folder.samples(root, "val", settings)] == [1]
+    assert len(folder.entries(root, "train", settings)) == 3
+    assert [s.label for s in samples_of(folder, root, "val", settings)] == [1]
 
 
 def test_folder_faults(tmp_path):
     root, settings = make_folder(tmp_path), folder.Settings()
     with pytest.raises(DataError, match="unknown split 'tset'"):
-        folder.count(root, "tset", settings)
+        folder.entries(root, "tset", settings)
     write_image(root / "train/b/1.png")
     with pytest.raises(DataError, match=r"b/1\.jpg and .*b/1\.png: both have the key 'b_1'"):
-        folder.count(root, "train", settings)
+        folder.entries(root, "train", settings)
     write_image(root / "val/bb/1.png")
     with pytest.raises(DataError, match=r"val/bb: unknown class 'bb'.*those of 'train'"):
-        folder.count(root, "val", settings)
+        folder.entries(root, "val", settings)
     (root / "test").mkdir()
     with pytest.raises(DataError, match="test: no image in it"):
-        folder.count(root, "test", settings)
+        folder.entries(root, "test", settings)
     with pytest.raises(DataError, match="no folder 'train' in it"):
         folder.describe(root / "val", settings)

@@ -8,17 +8,19 @@ import importlib
 import json
 import os
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from pydantic import BaseModel, ValidationInfo, field_validator
 
+from xattn.data.datasets._files import Entry
 from xattn.errors import DataError, UnknownNameError
 from xattn.structures import DatasetInfo, Sample
 
 __all__ = [
     "DatasetConfig",
+    "Entry",
     "GeneratingReader",
     "Reader",
     "list_readers",
@@ -43,11 +45,11 @@ class Reader(Protocol):
     def describe(self, root: Path, settings: Any) -> DatasetInfo:
         """Tell what is known of the data set; opens no image."""
 
-    def count(self, root: Path, split: str, settings: Any) -> int:
-        """Return the number of samples of a split; opens no image."""
+    def entries(self, root: Path, split: str, settings: Any) -> list[Entry]:
+        """List a split's samples in a stable order, or raise DataError; opens no image."""
 
-    def samples(self, root: Path, split: str, settings: Any) -> Iterator[Sample]:
-        """Yield a split's samples in a stable order, one at a time, or raise DataError."""
+    def read(self, entry: Entry, info: DatasetInfo, settings: Any) -> Sample:
+        """Read and check one sample, or raise DataError; `info` is what `describe` returned."""
 
 
 @runtime_checkable

@@ -9,12 +9,13 @@ import struct
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from xattn.errors import DataError, UnknownNameError
+from xattn.structures import DatasetInfo, Sample
 
 DECODE_ERRORS = (
     OSError,
@@ -25,6 +26,21 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 """What PIL raises for broken files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A sample of a raw data set before any of its files is opened; small, and may be pickled.
+
+    Args:
+        key: unique in its split, without dots or slashes.
+        image: path of the raw image file; a string, since there may be millions.
+        target: what its reader needs beside: a path, a label, boxes.
+    """
+
+    key: str
+    image: str
+    target: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +121,17 @@ def read_mask(
     return data if is_grey else _encode_png(Image.fromarray(ids))
 
 
+def read_segmentation(entry: Entry, info: DatasetInfo) -> Sample:
+    """Read an image and the mask whose path is the entry's target.
+
+    Raises:
+        DataError: see `read_image` and `read_mask`.
+    """
+    image = read_image(Path(entry.image))
+    mask = read_mask(Path(entry.target), image.size, info.num_classes, info.ignore_ids)
+    return Sample(entry.key, image.data, image.format, entry.image, mask)
+
+
 def read_list(path: Path) -> list[str]:
     """Return the lines of a split list, stripped, without the empty ones.
 
@@ -147,20 +174,19 @@ def sample_key(name: str) -> str:
     return name.replace(".", "_").replace("/", "_").replace("\\", "_")
 
 
-def check_unique(keys: Iterable[tuple[str, str]]) -> None:
-    """Check that no two samples share their key.
-
-    Args:
-        keys: (key, file) of each sample of a split.
+def check_unique(entries: Iterable[Entry]) -> None:
+    """Check that no two entries of a split share their key.
 
     Raises:
         DataError: two do; the message names both files.
     """
     seen: dict[str, str] = {}
-    for key, file in keys:
-        if key in seen:
-            raise DataError(f"{seen[key]} and {file}: both have the key '{key}'; rename one")
-        seen[key] = file
+    for entry in entries:
+        if entry.key in seen:
+            raise DataError(
+                f"{seen[entry.key]} and {entry.image}: both have the key '{entry.key}'; rename one"
+            )
+        seen[entry.key] = entry.image
 
 
 def palette(num_colours: int, first: int = 0) -> tuple[tuple[int, int, int], ...]:

@@ -6,7 +6,6 @@ PNG (upstream) or JPEG (smaller copies), whatever suffix the list gives. Classes
 those of upstream's display script. Id 11, unlabelled, neither trains nor scores.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -59,36 +58,32 @@ def describe(root: Path, settings: Settings) -> DatasetInfo:  # noqa: ARG001 (al
     )
 
 
-def count(root: Path, split: str, settings: Settings) -> int:  # noqa: ARG001
-    """Return the number of lines of the split's list."""
-    return len(_pairs(root, split))
-
-
-def samples(root: Path, split: str, settings: Settings) -> Iterator[Sample]:  # noqa: ARG001
-    """Yield the split's samples in the order of its list.
+def entries(root: Path, split: str, settings: Settings) -> list[_files.Entry]:  # noqa: ARG001
+    """List the split's samples in the order of its list.
 
     Raises:
-        DataError: a file is missing, damaged or does not fit its partner; the message names it.
+        DataError: the list is missing or odd, or a file that it names is missing.
     """
-    for listed, mask_path in _pairs(root, split):
-        candidates = [listed, listed.with_suffix(".png"), listed.with_suffix(".jpg")]
-        path = _files.find_file(candidates, f"image of {mask_path.name}")
-        _files.find_file([mask_path], f"mask of {path.name}")
-        image = _files.read_image(path)
-        mask = _files.read_mask(mask_path, image.size, len(COLOURS), IGNORE_IDS)
-        yield Sample(_files.sample_key(path.stem), image.data, image.format, str(path), mask)
-
-
-def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
-    """Return (image as listed, mask) of each sample."""
     _files.check_split(root, split, SPLITS)
     list_path = root / f"{split}.txt"
-    pairs = []
+    found = []
     for line in _files.read_list(list_path):
         fields = line.split()
         if len(fields) != 2:
             raise DataError(f"split list {list_path}: expected 'image mask', found '{line}'")
-        image, mask = (root.joinpath(*Path(field).parts[-2:]) for field in fields)
-        pairs.append((image, mask))
-    _files.check_unique((_files.sample_key(image.stem), str(image)) for image, _ in pairs)
-    return pairs
+        listed, mask = (root.joinpath(*Path(field).parts[-2:]) for field in fields)
+        candidates = [listed, listed.with_suffix(".png"), listed.with_suffix(".jpg")]
+        image = _files.find_file(candidates, f"image of {mask.name}")
+        _files.find_file([mask], f"mask of {image.name}")
+        found.append(_files.Entry(_files.sample_key(image.stem), str(image), str(mask)))
+    _files.check_unique(found)
+    return found
+
+
+def read(entry: _files.Entry, info: DatasetInfo, settings: Settings) -> Sample:  # noqa: ARG001
+    """Read an image and its mask.
+
+    Raises:
+        DataError: a file is damaged or does not fit its partner; the message names it.
+    """
+    return _files.read_segmentation(entry, info)

@@ -5,7 +5,6 @@ can change the ids). Another split may lack a class but not add one. Files witho
 are passed over. A sample's key is CLASS_NAME, because different classes often use the same names.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -63,24 +62,13 @@ def describe(root: Path, settings: Settings) -> DatasetInfo:
     )
 
 
-def count(root: Path, split: str, settings: Settings) -> int:
-    """Return the number of image files of a split."""
-    return len(_files_of(root, split, describe(root, settings)))
-
-
-def samples(root: Path, split: str, settings: Settings) -> Iterator[Sample]:
-    """Yield a split's samples, class by class, files in alphabetical order.
+def entries(root: Path, split: str, settings: Settings) -> list[_files.Entry]:
+    """List a split's samples, class by class, files in alphabetical order.
 
     Raises:
-        DataError: a file is damaged, a class is unknown or two files share their key.
+        DataError: a class is unknown, there is no image or two files share their key.
     """
-    for key, label, path in _files_of(root, split, describe(root, settings)):
-        image = _files.read_image(path)
-        yield Sample(key, image.data, image.format, str(path), label=label)
-
-
-def _files_of(root: Path, split: str, info: DatasetInfo) -> list[tuple[str, int, Path]]:
-    """Return (key, label, path) of each image."""
+    info = describe(root, settings)
     _files.check_split(root, split, info.splits)
     found = []
     for name in _subfolders(root / split):
@@ -90,11 +78,22 @@ def _files_of(root: Path, split: str, info: DatasetInfo) -> list[tuple[str, int,
         label = info.class_names.index(name)
         for path in sorted((root / split / name).iterdir()):
             if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-                found.append((_files.sample_key(f"{name}/{path.stem}"), label, path))
+                key = _files.sample_key(f"{name}/{path.stem}")
+                found.append(_files.Entry(key, str(path), label))
     if not found:
         raise DataError(f"{root / split}: no image in it; expected {split}/CLASS/*.jpg")
-    _files.check_unique((key, str(path)) for key, _, path in found)
+    _files.check_unique(found)
     return found
+
+
+def read(entry: _files.Entry, info: DatasetInfo, settings: Settings) -> Sample:  # noqa: ARG001
+    """Read an image; its label is the entry's target.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    image = _files.read_image(Path(entry.image))
+    return Sample(entry.key, image.data, image.format, entry.image, label=entry.target)
 
 
 def _subfolders(path: Path) -> list[str]:

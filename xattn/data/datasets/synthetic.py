@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Self
@@ -84,14 +84,8 @@ def describe(root: Path, settings: Settings) -> DatasetInfo:
     )
 
 
-def count(root: Path, split: str, settings: Settings) -> int:
-    """Return the number of images of a split, drawn or not."""
-    _files.check_split(root, split, SPLITS)
-    return _counts(settings)[split]
-
-
-def samples(root: Path, split: str, settings: Settings) -> Iterator[Sample]:
-    """Yield a split's samples in the order of their numbers.
+def entries(root: Path, split: str, settings: Settings) -> list[_files.Entry]:
+    """List a split's samples in the order of their numbers.
 
     Raises:
         DataError: the files were not drawn, not all, or with other settings.
@@ -102,7 +96,12 @@ def samples(root: Path, split: str, settings: Settings) -> Iterator[Sample]:
             f"{root}: the images are not there in full with these settings; run the shard stage,"
             " which draws them"
         )
-    yield from voc.samples(root, split, _voc_settings(settings))
+    return voc.entries(root, split, _voc_settings(settings))
+
+
+def read(entry: _files.Entry, info: DatasetInfo, settings: Settings) -> Sample:
+    """Read a sample as `voc` does."""
+    return voc.read(entry, info, _voc_settings(settings))
 
 
 def generate(root: Path, settings: Settings, on_progress: Callable[[int, int], None]) -> None:

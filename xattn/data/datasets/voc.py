@@ -12,7 +12,6 @@ sections 4 and 8. Boxes in the files count pixels from 1 and include both ends: 
 the pixel edges x1 - 1 .. x2 here.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -94,51 +93,47 @@ def describe(root: Path, settings: Settings) -> DatasetInfo:
     )
 
 
-def count(root: Path, split: str, settings: Settings) -> int:
-    """Return the number of lines of the split's list."""
-    return len(_names(root, split, settings))
-
-
-def samples(root: Path, split: str, settings: Settings) -> Iterator[Sample]:
-    """Yield the split's samples in the order of its list.
+def entries(root: Path, split: str, settings: Settings) -> list[_files.Entry]:
+    """List the split's samples in the order of its list; the target is the mask or annotation.
 
     Raises:
-        DataError: a file is missing, damaged or contradicts another; the message names it.
+        DataError: the list or a file that it names is missing.
     """
-    num_masks = describe(root, settings).num_classes
-    for name in _names(root, split, settings):
+    _files.check_split(root, split, describe(root, settings).splits)
+    is_segmentation = settings.task == "segmentation"
+    folder, suffix, what = (
+        ("SegmentationClass", "png", "mask") if is_segmentation else ("Annotations", "xml", "boxes")
+    )
+    found = []
+    for name in _files.read_list(_list_file(root, split, settings)):
         stem = root / "JPEGImages" / name
         paths = (stem.with_name(stem.name + suffix) for suffix in IMAGE_SUFFIXES)
-        path = _files.find_file(paths, f"image of '{name}'")
-        image = _files.read_image(path)
-        mask = label = boxes = None
-        if settings.task == "segmentation":
-            mask_path = root / "SegmentationClass" / f"{name}.png"
-            _files.find_file([mask_path], f"mask of {path.name}")
-            mask = _files.read_mask(mask_path, image.size, num_masks, (IGNORE_INDEX,))
-        else:
-            xml_path = root / "Annotations" / f"{name}.xml"
-            _files.find_file([xml_path], f"annotation of {path.name}")
-            boxes = _read_boxes(xml_path, image.size, settings.classes)
-        if settings.task == "classification":
-            label, boxes = _largest(boxes or (), root / "Annotations" / f"{name}.xml"), None
-        key = _files.sample_key(name)
-        yield Sample(key, image.data, image.format, str(path), mask, label, boxes)
+        image = _files.find_file(paths, f"image of '{name}'")
+        target = _files.find_file([root / folder / f"{name}.{suffix}"], f"{what} of {image.name}")
+        found.append(_files.Entry(_files.sample_key(name), str(image), str(target)))
+    _files.check_unique(found)
+    return found
+
+
+def read(entry: _files.Entry, info: DatasetInfo, settings: Settings) -> Sample:
+    """Read an image with its mask, its boxes or the class of its largest box.
+
+    Raises:
+        DataError: a file is damaged or contradicts another; the message names it.
+    """
+    if settings.task == "segmentation":
+        return _files.read_segmentation(entry, info)
+    image, annotation = _files.read_image(Path(entry.image)), Path(entry.target)
+    boxes = _read_boxes(annotation, image.size, settings.classes)
+    if settings.task == "detection":
+        return Sample(entry.key, image.data, image.format, entry.image, boxes=boxes)
+    label = _largest(boxes, annotation)
+    return Sample(entry.key, image.data, image.format, entry.image, label=label)
 
 
 def _list_file(root: Path, split: str, settings: Settings) -> Path:
     folder = "Segmentation" if settings.task == "segmentation" else "Main"
     return root / "ImageSets" / folder / f"{split}.txt"
-
-
-def _names(root: Path, split: str, settings: Settings) -> list[str]:
-    """Return the file names, without suffix, of a split."""
-    _files.check_split(root, split, describe(root, settings).splits)
-    path = _list_file(root, split, settings)
-    names = _files.read_list(path)
-    images = root / "JPEGImages"
-    _files.check_unique((_files.sample_key(name), f"{images / name}.jpg") for name in names)
-    return names
 
 
 def _largest(boxes: tuple[Box, ...], path: Path) -> int:
