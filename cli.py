@@ -184,7 +184,7 @@ def verify(
     """Compare shards with their index; exit 3 when something is damaged."""
     from dataclasses import asdict
 
-    from xattn.data.index import verify as find_damage
+    from xattn.data.verify import verify as find_damage
 
     findings = find_damage(path, deep)
     if as_json:

@@ -13,8 +13,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from xattn.data.index import ShardIndex, ShardReader, verify
+from xattn.data.index import ShardIndex, ShardReader
 from xattn.data.shards import write_shards
+from xattn.data.verify import verify
 from xattn.errors import CapacityError, DamageError, DataError
 from xattn.structures import Box, DatasetInfo, Sample
 
