@@ -100,11 +100,11 @@ def datasets(
     reader = load_reader(name)
     fields = {key: str(field.default) for key, field in reader.Settings.model_fields.items()}
     if as_json:
-        _print_json(
-            {"name": name, "about": reader.__doc__, "settings": fields, "layout": reader.LAYOUT}
-        )
+        about = {"name": name, "about": reader.__doc__, "url": reader.URL}
+        _print_json({**about, "settings": fields, "layout": reader.LAYOUT})
         return
     print((reader.__doc__ or "").strip(), "\n")
+    print(f"from: {reader.URL}\n" if reader.URL else "")
     print(f"on disk:\n{reader.LAYOUT}\nsettings and their defaults:")
     _print_table([(f"  {key}", value) for key, value in fields.items()])
 
@@ -149,7 +149,13 @@ def preset_use(
 def shard(
     name: Annotated[str, typer.Argument(help="A data set of params.yaml, or a reader.")],
     root: Annotated[Path | None, typer.Option(help="The raw files, for a reader.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The shard folder, for a reader.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="The shard folder or s3://..., for a reader.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one a core.")
+    ] = None,
+    repair: Annotated[bool, typer.Option(help="Make only what is damaged anew.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a raw data set into WebDataset shards with an index."""
@@ -162,20 +168,22 @@ def shard(
     if out is None and root is not None:
         raise ConfigError("--root: goes with --out, which names the shard folder")
     if out is None:
-        index = shard_configured(name, base)
+        index = shard_configured(name, base, jobs, repair)
     else:
         dataset = DatasetConfig(reader=name, root=None if root is None else str(root.resolve()))
-        index = write_dataset(name, dataset, base, out)
+        index = write_dataset(name, dataset, base, out, jobs, repair)
     counts = {split: summary.count for split, summary in index.splits.items()}
     if as_json:
-        _print_json({"path": str(index.root), "samples": counts, "fingerprint": index.fingerprint})
+        _print_json({"path": index.place, "samples": counts, "fingerprint": index.fingerprint})
     else:
-        print(f"{index.root}: {counts}, fingerprint {index.fingerprint[:12]}")
+        print(f"{index.place}: {counts}, fingerprint {index.fingerprint[:12]}")
 
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A shard folder.", show_default=False)],
+    path: Annotated[
+        str, typer.Argument(help="A shard folder, or s3://bucket/folder.", show_default=False)
+    ],
     deep: Annotated[
         bool, typer.Option(help="Check every field's bytes, not the shards alone.")
     ] = False,
@@ -184,9 +192,12 @@ def verify(
     """Compare shards with their index; exit 3 when something is damaged."""
     from dataclasses import asdict
 
+    from pipelines.edge import progress_bar
     from xattn.data.verify import verify as find_damage
+    from xattn.structures import Progress
 
-    findings = find_damage(path, deep)
+    with progress_bar("verify", "shard") as show:
+        findings = find_damage(path, deep, lambda done, total: show(Progress(done, total)))
     if as_json:
         _print_json([asdict(finding) for finding in findings])
     else:
@@ -277,6 +288,27 @@ def bench_engine(
         _print_json(result)
     else:
         _print_table([(key, str(value)) for key, value in result.items()])
+
+
+@bench_app.command("loader")
+def bench_loader(
+    images: Annotated[int, typer.Option(min=32, help="Images of an epoch.")] = 400,
+    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each loop.")] = 3,
+    camvid: Annotated[
+        Path | None, typer.Option(help="CamVid's raw folder, for the segmentation loops.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare reading, decoding and augmenting images with what others use."""
+    from benchmarks.loader import measure
+
+    result = measure(images, turns, camvid)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_table([(name, str(rate)) for name, rate in result["images_per_s"].items()])
+        _print_table([(name, str(ratio)) for name, ratio in result["ratios"].items()])
+        _print_table([(f"resume, {name}", f"{s} s") for name, s in result["resume_s"].items()])
 
 
 def _print_json(value: Any) -> None:

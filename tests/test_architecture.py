@@ -20,7 +20,7 @@ FILES = sorted(
 # A room may import from its own row and from the rows above it.
 LAYERS = [
     {"xattn/errors.py", "xattn/structures.py"},
-    {"xattn/storage.py"},
+    {"xattn/storage.py", "xattn/remote.py"},
     {"xattn/places.py"},
     {"xattn/data", "xattn/nn", "xattn/losses.py"},
     {"xattn/models"},
@@ -41,8 +41,9 @@ ALLOWED = {
 OWNERS = {
     "ray": ("xattn/cluster/",),
     "mlflow": ("xattn/tracking.py",),
-    "webdataset": ("xattn/data/shards.py",),
-    "boto3": ("xattn/storage.py",),
+    "webdataset": ("xattn/data/pack.py",),
+    "boto3": ("xattn/remote.py",),
+    "botocore": ("xattn/remote.py",),
     "ruamel": ("xattn/config.py", "xattn/report/tables.py"),
     "typer": (),
     "dvc": (),

@@ -14,6 +14,7 @@ from xattn.data.datasets import (
     GeneratingReader,
     Reader,
     _files,
+    _masks,
     _scenes,
     camvid,
     folder,
@@ -167,9 +168,9 @@ def test_broken_images_are_named(tmp_path, name):
 def test_masks_keep_grey_bytes_and_turn_palette_into_grey(tmp_path):
     ids = np.array([[0, 1, 2], [2, 255, 0]])
     grey = write_mask(tmp_path / "grey.png", ids)
-    assert _files.read_mask(grey, (3, 2), 3, (255,)) == grey.read_bytes()
+    assert _masks.read_mask(grey, (3, 2), 3, (255,)) == grey.read_bytes()
     indexed = write_mask(tmp_path / "indexed.png", ids, mode="P")
-    data = _files.read_mask(indexed, (3, 2), 3, (255,))
+    data = _masks.read_mask(indexed, (3, 2), 3, (255,))
     assert Image.open(io.BytesIO(data)).mode == "L"
     assert (decode(data) == ids).all()
 
@@ -177,15 +178,15 @@ def test_masks_keep_grey_bytes_and_turn_palette_into_grey(tmp_path):
 def test_bad_masks_are_refused(tmp_path):
     path = write_mask(tmp_path / "m.png", [[0, 7, 7], [9, 255, 0]])
     with pytest.raises(DataError, match=r"m.png: 3 x 2 pixels .* 4 x 2"):
-        _files.read_mask(path, (4, 2), 3, (255,))
+        _masks.read_mask(path, (4, 2), 3, (255,))
     with pytest.raises(DataError, match=r"class id 7 in 2 pixels \(and 1 more.*0..2 or 255"):
-        _files.read_mask(path, (3, 2), 3, (255,))
+        _masks.read_mask(path, (3, 2), 3, (255,))
     with pytest.raises(DataError, match=r"id 255 in 1 pixels; allowed: 0..9"):
-        _files.read_mask(path, (3, 2), 10, ())
+        _masks.read_mask(path, (3, 2), 10, ())
     for mode in ("RGB", "1"):
         Image.new(mode, (3, 2)).save(path)
         with pytest.raises(DataError, match=f"m.png: found PNG of mode {mode}"):
-            _files.read_mask(path, (3, 2), 3, ())
+            _masks.read_mask(path, (3, 2), 3, ())
 
 
 def test_palette_opens_like_voc_and_repeats_no_colour():
@@ -327,12 +328,12 @@ def test_voc_tasks_in_a_path_with_spaces_and_unicode(tmp_path):
 
 
 def test_voc_boxes_are_pixel_edges_and_the_largest_gives_the_label(tmp_path):
-    objects = [("cat", 1, 1, 1, 1, 1), ("dog", 0, 2, 3, 8, 6), ("cow", 0, 0, 1, 2, 2)]
+    objects = [("cat", 1, 1, 1, 1, 2), ("dog", 0, 2, 3, 8, 6), ("cow", 0, 0, 1, 2, 2)]
     root = make_voc(tmp_path, objects=objects)
     boxes = read_voc(root, "detection")[0].boxes
     cat, dog, cow = (voc.CLASSES.index(name) for name in ("cat", "dog", "cow"))
     assert boxes == (
-        Box(cat, 0, 0, 1, 1, difficult=True),
+        Box(cat, 0, 0, 1, 2, difficult=True),
         Box(dog, 1, 2, 8, 6),
         Box(cow, 0, 0, 2, 2),
     )
@@ -344,7 +345,9 @@ def test_voc_boxes_are_pixel_edges_and_the_largest_gives_the_label(tmp_path):
     [
         (("dgo", 0, 1, 1, 2, 2), "object 0: unknown class 'dgo'; did you mean 'dog'"),
         (("dog", 0, 1, 1, 10, 2), "object 0: bndbox .* not inside the image of 8 x 6"),
-        (("dog", 0, 5, 1, 3, 2), "object 0: bndbox .* not inside"),
+        (("dog", 0, 0, 1, 0, 2), "object 0: bndbox .* not inside"),
+        (("dog", 0, 5, 1, 3, 2), "object 0: bndbox xmin 5 .* a pixel at most.*degenerate: drop"),
+        (("dog", 0, 5, 4, 5, 4), "object 0: bndbox xmin 5 .* a pixel at most.*degenerate: drop"),
         (("dog", 0, 1, 1, "wide", 2), "object 0: bndbox .*wide.* not four numbers"),
         (("dog", 0, 1, 1, "nan", 2), "object 0: bndbox .* not inside"),
     ],
@@ -353,6 +356,17 @@ def test_voc_bad_objects(tmp_path, thing, message):
     root = make_voc(tmp_path, objects=[thing])
     with pytest.raises(DataError, match=rf"a\.xml: {message}"):
         read_voc(root, "detection")
+
+
+def test_voc_degenerate_boxes_are_left_out_on_demand(tmp_path):
+    swapped, click = ("dog", 0, 5, 1, 3, 2), ("dog", 0, 5, 4, 5, 4)
+    root = make_voc(tmp_path, objects=[swapped, ("cat", 0, 2, 2, 2, 6), click])
+    settings = voc.Settings(task="detection", degenerate="drop")
+    (sample,) = samples_of(voc, root, "train", settings)
+    assert sample.boxes == (Box(voc.CLASSES.index("cat"), 1, 1, 2, 6),)
+    beyond = make_voc(tmp_path / "beyond", objects=[("dog", 0, 1, 1, 10, 2)])
+    with pytest.raises(DataError, match="not inside the image"):
+        list(samples_of(voc, beyond, "train", settings))
 
 
 def test_voc_bad_annotations(tmp_path):

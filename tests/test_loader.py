@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.raw_files import write_samples
 from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.data.order import Order
-from xattn.data.shards import write_shards
 from xattn.data.transforms import (
     ClassificationAugment,
     ClassificationEval,
@@ -54,10 +54,10 @@ def make_sample(number, size=(8, 12)):
 
 def write(out):
     splits = {
-        "train": (COUNT, (make_sample(i) for i in range(COUNT))),
-        "val": (len(VAL_SIZES), (make_sample(i, s) for i, s in enumerate(VAL_SIZES))),
+        "train": [make_sample(i) for i in range(COUNT)],
+        "val": [make_sample(i, s) for i, s in enumerate(VAL_SIZES)],
     }
-    return write_shards(out, INFO, splits, samples_per_shard=10)
+    return write_samples(out, INFO, splits, samples_per_shard=10)
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +209,33 @@ def test_damage_is_named_in_one_line_from_any_process(tmp_path, num_workers):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damaged_samples_may_be_skipped_but_are_told(tmp_path, num_workers):
+    index = write(tmp_path / "shards")
+    whole = list(train(index))
+    for position in (36, 37):
+        offset = index.records("train")[position]["mask"]["offset"].item()
+        with open(tmp_path / "shards/train-000003.tar", "r+b") as file:
+            file.seek(offset)
+            file.write(b"?")
+    skipped = list(train(index, num_workers=num_workers, skip_damaged=True))
+    told = [problem for batch in skipped for problem in batch.damaged]
+    for before, after in zip(whole, skipped, strict=True):
+        expected = ["s0038" if key in ("s0036", "s0037") else key for key in before.keys]
+        assert list(after.keys) == expected
+    hits = sum(key in ("s0036", "s0037") for batch in whole for key in batch.keys)
+    assert hits >= 2
+    assert {text.split(", ")[1] for text in told} == {"key s0036", "key s0037"}
+    assert len(told) >= hits
+
+
 def test_undecodable_image_is_named(tmp_path):
     cut = make_sample(0)
     whole = Image.open(io.BytesIO(cut.image)).size
     header_only = cut.image[:50]
     assert whole == (12, 8)
     sample = Sample("s", header_only, "png", "raw", cut.mask, 0)
-    index = write_shards(tmp_path / "shards", INFO, {"val": (1, [sample])})
+    index = write_samples(tmp_path / "shards", INFO, {"val": [sample]})
     loader = build_eval_loader(index, "val", "segmentation", SegmentationEval(), batch=1)
     with pytest.raises(DataError, match=r"val-000000\.tar, key s: cannot be decoded"):
         list(loader)
@@ -240,6 +260,6 @@ def test_wrong_settings_are_refused(tmp_path, index):
     with pytest.raises(DataError, match="no split 'test'"):
         build_eval_loader(index, "test", "segmentation", SegmentationEval(), batch=1)
     unlabelled = Sample("a", make_sample(0).image, "png", "raw")
-    bare = write_shards(tmp_path / "bare", INFO, {"val": (1, [unlabelled])})
+    bare = write_samples(tmp_path / "bare", INFO, {"val": [unlabelled]})
     with pytest.raises(DataError, match="0 of 1 samples have a mask, which segmentation needs"):
         build_eval_loader(bare, "val", "segmentation", SegmentationEval(), batch=1)

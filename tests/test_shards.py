@@ -1,9 +1,14 @@
+import contextlib
 import gc
 import hashlib
 import io
 import json
 import pickle
+import random
 import resource
+import signal
+import subprocess
+import sys
 import tarfile
 import warnings
 from dataclasses import replace
@@ -13,8 +18,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from xattn.data.index import ShardIndex, ShardReader
-from xattn.data.shards import write_shards
+from tests.conftest import PROJECT
+from tests.raw_files import Samples
+from xattn.data.index import ShardIndex, ShardReader, fingerprint_of
+from xattn.data.shards import repair_shards, write_shards
+from xattn.data.stored import ShardSettings
 from xattn.data.verify import verify
 from xattn.errors import CapacityError, DamageError, DataError
 from xattn.structures import Box, DatasetInfo, Sample
@@ -58,14 +66,21 @@ def make_sample(number, **changes):
     return replace(sample, **changes)
 
 
-def write(out, count=10, info=INFO, samples=None, **settings):
-    stream = samples if samples is not None else (make_sample(i) for i in range(count))
-    settings = {"samples_per_shard": 4, **settings}
-    return write_shards(out, info, {"train": (count, stream)}, **settings)
+def write(out, count=10, info=INFO, samples=None, read=None, jobs=1, **settings):
+    read = read or Samples(samples or [make_sample(i) for i in range(count)])
+    settings = ShardSettings(**{"samples_per_shard": 4, "shuffle_seed": None, **settings})
+    return write_shards(out, info, {"train": read.entries}, read, settings, jobs=jobs)
+
+
+def repair(out, count=10, **settings):
+    read = Samples([make_sample(i) for i in range(count)])
+    settings = ShardSettings(**{"samples_per_shard": 4, "shuffle_seed": None, **settings})
+    return repair_shards(out, INFO, {"train": read.entries}, read, settings)
 
 
 def digests(folder):
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def flip_byte(file, offset):
@@ -153,41 +168,154 @@ def test_reader_gives_every_sample_back_in_any_order(folder):
             assert fields["label"] == str(sample.label).encode()
 
 
-def test_shards_keep_to_the_byte_limit(tmp_path):
-    index = write(tmp_path / "out", samples_per_shard=100, max_shard_bytes=20_000)
-    shards = index.splits["train"].shards
-    assert len(shards) > 2
-    assert all(shard.num_bytes <= 20_000 + 10_240 for shard in shards)
-    assert [ShardReader(index, "train").key(i) for i in (0, 9)] == ["img_000", "img_009"]
+def test_shards_are_filled_by_the_size_of_the_raw_files(tmp_path):
+    read = Samples([make_sample(i, source=str(tmp_path / f"{i}.raw")) for i in range(10)])
+    for entry in read.entries:
+        with open(entry.image, "wb") as raw:
+            raw.truncate(40 << 20)  # sparse: takes no room
+    index = write(tmp_path / "out", read=read, samples_per_shard=None)
+    assert [shard.num_samples for shard in index.splits["train"].shards] == [3, 3, 3, 1]
+
+
+def test_training_splits_are_shuffled_once(tmp_path):
+    splits = {name: Samples([make_sample(i) for i in range(10)]) for name in ("train", "val")}
+    entries = {name: read.entries for name, read in splits.items()}
+
+    def keys(name, seed, split):
+        index = write_shards(
+            tmp_path / name, INFO, entries, splits["train"], ShardSettings(shuffle_seed=seed)
+        )
+        return [ShardReader(index, split).key(i) for i in range(10)]
+
+    ordered = [f"img_{i:03d}" for i in range(10)]
+    first = keys("a", 0, "train")
+    assert first != ordered
+    assert sorted(first) == ordered
+    assert keys("b", 0, "train") == first
+    assert keys("c", 1, "train") != first
+    assert keys("d", 0, "val") == ordered
 
 
 def test_progress_and_several_splits(tmp_path):
     calls = []
-    splits = {"train": (2, map(make_sample, (0, 1))), "val": (1, [make_sample(0)])}
+    read = Samples([make_sample(0), make_sample(1)])
+    splits = {"train": read.entries, "val": read.entries[:1]}
     index = write_shards(
-        tmp_path / "out", INFO, splits, on_progress=lambda *call: calls.append(call)
+        tmp_path / "out", INFO, splits, read, on_progress=lambda *call: calls.append(call)
     )
-    assert calls == [("train", 1, 2), ("train", 2, 2), ("val", 1, 1)]
+    assert calls == [(1, 3), (2, 3), (3, 3)]
     assert index.shard_path("val", 0).is_file()
     with pytest.raises(DataError, match="no split 'test'; it has train, val"):
         index.records("test")
 
 
-def test_interrupted_run_leaves_no_index_and_the_next_one_is_undisturbed(tmp_path, folder):
-    def stream():
-        yield from map(make_sample, range(6))
-        raise KeyboardInterrupt
-
+def test_interrupted_run_keeps_the_old_folder_and_is_gone_on_with(tmp_path, folder):
     out = tmp_path / "killed"
-    write(out)
+    write(out, 3)
+    before = digests(out)
+    samples = [make_sample(i) for i in range(10)]
     with pytest.raises(KeyboardInterrupt):
-        write(out, samples=stream())
-    assert list(out.iterdir()) == [], (
-        "neither the old shards without their index nor half of the new"
-    )
+        write(out, read=Samples(samples, fail_at="img_006"))
+    assert {name: digest for name, digest in digests(out).items() if name in before} == before
     # What a kill that cannot be caught leaves behind:
-    (out / ".train-000001.tar.partial").write_bytes(b"half")
-    assert digests(write(out).root) == digests(folder)
+    (out / ".partial" / ".train-000001.tar.77.partial").write_bytes(b"half")
+    again = Samples(samples)
+    assert digests(write(out, read=again).root) == digests(folder)
+    assert again.opened == [f"img_{i:03d}" for i in range(4, 10)], "one shard was done already"
+
+
+def test_a_run_killed_while_it_publishes_is_gone_on_with(tmp_path, folder):
+    out = tmp_path / "killed"
+    read = Samples([make_sample(i) for i in range(10)])
+    with pytest.raises(KeyboardInterrupt):
+        write(out, read=Samples([make_sample(i) for i in range(10)], fail_at="img_008"))
+    (out / ".partial/train-000000.tar").rename(out / "train-000000.tar")
+    assert digests(write(out, read=read).root) == digests(folder)
+    assert read.opened == ["img_008", "img_009"]
+
+
+def test_a_changed_raw_file_redoes_its_shard(tmp_path):
+    def samples():
+        return [make_sample(i, source=str(tmp_path / f"{i}.raw")) for i in range(10)]
+
+    for number in range(10):
+        (tmp_path / f"{number}.raw").write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", read=Samples(samples(), fail_at="img_009"))
+    (tmp_path / "5.raw").write_bytes(b"newer")
+    again = Samples(samples())
+    write(tmp_path / "out", read=again)
+    assert again.opened == [f"img_{i:03d}" for i in range(4, 10)]
+
+
+def test_several_processes_give_the_same_bytes(tmp_path, folder):
+    samples = [make_sample(i) for i in range(10)]
+    assert digests(write(tmp_path / "out", read=Samples(samples), jobs=2).root) == digests(folder)
+    broken = Samples(samples, fail_at="img_009", error=DataError("raw/9: damaged"))
+    with pytest.raises(DataError, match="raw/9: damaged"):
+        write(tmp_path / "other", read=broken, jobs=2)
+    assert not (tmp_path / "other" / "index.json").exists()
+
+
+def test_kill_minus_nine_then_again(tmp_path, folder):
+    """The real thing: a packing process tree is killed, and the next run goes on."""
+    script = (
+        "import os, signal, sys; sys.path.insert(0, 'tests');"
+        "from pathlib import Path; from tests.test_shards import Samples, make_sample, write;"
+        "read = Samples([make_sample(i) for i in range(10)]); inner = read.__call__\n"
+        "class Killer(Samples):\n"
+        "    def __call__(self, entry):\n"
+        "        if entry.key == 'img_005': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return super().__call__(entry)\n"
+        f"write(Path({str(tmp_path / 'out')!r}), read=Killer([make_sample(i) for i in range(10)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "index.json").exists()
+    read = Samples([make_sample(i) for i in range(10)])
+    assert digests(write(tmp_path / "out", read=read).root) == digests(folder)
+    assert read.opened == [f"img_{i:03d}" for i in range(4, 10)]
+
+
+def test_quarantine_sets_corrupt_samples_aside_and_has_a_limit(tmp_path):
+    samples = [make_sample(i) for i in range(10)]
+    samples[2] = make_sample(2, image=b"nothing")
+    samples[7] = make_sample(7, label=9)
+    index = write(tmp_path / "out", samples=samples, quarantine=2)
+    split = index.splits["train"]
+    assert split.count == 8
+    assert [shard.num_samples for shard in split.shards] == [3, 3, 2]
+    assert sum(split.images) == 8
+    reasons = json.loads((tmp_path / "out/quarantine.json").read_text())["train"]
+    assert sorted(reasons) == ["img_002", "img_007"]
+    assert "cannot be decoded" in reasons["img_002"]
+    assert verify(tmp_path / "out", deep=True) == []
+    with pytest.raises(DataError, match=r"2 corrupt samples, 1 may be set aside"):
+        write(tmp_path / "other", samples=samples, quarantine=1)
+
+
+def test_images_may_be_stored_smaller(tmp_path):
+    box = Box(2, 0.0, 10.0, 100.0, 20.0)
+    noise = np.random.default_rng(0).integers(0, 256, (100, 200, 3), dtype=np.uint8)
+    mask = np.zeros((100, 200), np.uint8)
+    mask[:, 100:] = 2
+    sample = make_sample(0, image=encode(noise), mask=encode(mask), boxes=(box,))
+    index = write(tmp_path / "out", samples=[sample], images={"max_side": 50})
+    reader = ShardReader(index, "train")
+    assert reader.size(0) == (25, 50)
+    fields = reader.read(0)
+    assert fields["image"][:2] == b"\xff\xd8"
+    small = np.asarray(Image.open(io.BytesIO(fields["mask"])))
+    assert (small[:, :25] == 0).all()
+    assert (small[:, 25:] == 2).all()
+    assert json.loads(fields["boxes"])[0] | {"class_id": 2} == {
+        **dict.fromkeys(("difficult", "crowd"), False),
+        "class_id": 2,
+        "x1": 0.0,
+        "y1": 2.5,
+        "x2": 25.0,
+        "y2": 5.0,
+    }
 
 
 def test_foreign_file_is_refused_and_kept(tmp_path):
@@ -199,8 +327,12 @@ def test_foreign_file_is_refused_and_kept(tmp_path):
 
 
 def test_too_little_space_is_refused_beforehand(tmp_path):
-    with pytest.raises(CapacityError, match=rf"about {10**18} bytes .* only \d+ are free"):
-        write(tmp_path / "out", expected_bytes=10**18)
+    samples = [make_sample(i, source=str(tmp_path / "huge.raw")) for i in range(10)]
+    with open(tmp_path / "huge.raw", "wb") as raw:
+        raw.truncate(10**13)  # sparse: takes no room
+    with pytest.raises(CapacityError, match=r"about 1e\+05 GB .* only [\d.]+ GB are free"):
+        write(tmp_path / "out", samples=samples)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("limit", [6_000, 25_000])
@@ -214,7 +346,7 @@ def test_full_disk_is_one_line_and_publishes_nothing(tmp_path, limit):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 MASK_OF_OTHER_SIZE = encode(np.zeros((3, 3), np.uint8))
@@ -229,7 +361,6 @@ COLOUR_MASK = encode(np.zeros((17, 24, 3), np.uint8))
         ({"key": "a/b"}, "key must not"),
         ({"key": "_a"}, "key must not"),
         ({"key": "a" * 89}, "89 bytes, at most 88"),
-        ({"key": "img_000"}, "twice"),
         ({"image": b"nothing"}, "image cannot be decoded"),
         ({"image_format": "png"}, "is a JPEG file, not png"),
         ({"mask": MASK_OF_OTHER_SIZE}, r"\(3, 3\), the image \(17, 24\)"),
@@ -246,10 +377,14 @@ def test_broken_sample_is_named(tmp_path, changes, message):
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-@pytest.mark.parametrize("promised", [9, 11])
-def test_wrong_count_is_refused(tmp_path, promised):
-    with pytest.raises(DataError, match=f"promised {promised} samples and gave 10"):
-        write(tmp_path / "out", promised, samples=map(make_sample, range(10)))
+def test_a_reader_that_breaks_its_promise_is_named(tmp_path):
+    samples = [make_sample(0), make_sample(0)]
+    with pytest.raises(DataError, match="both have the key 'img_000'"):
+        write(tmp_path / "out", samples=samples)
+    read = Samples([make_sample(0)])
+    read.of_key["img_000"] = make_sample(1)
+    with pytest.raises(DataError, match="promised the key 'img_000'"):
+        write(tmp_path / "out", read=read)
 
 
 def test_open_says_what_is_wrong(tmp_path, folder):
@@ -330,6 +465,7 @@ def test_swapped_shards_are_found(folder):
     second.write_bytes(data[0])
     findings = verify(folder, deep=True)
     assert {finding.shard for finding in findings} == {first.name, second.name}
+    assert f"belongs in {second.name}" in findings[0].problem
     assert sum("more fields are damaged" in finding.problem for finding in findings) == 2
     with pytest.raises(DamageError, match=first.name):
         ShardReader(ShardIndex.open(folder), "train").read(0)
@@ -352,3 +488,123 @@ def test_missing_shard_is_named_at_read(folder):
     (folder / "train-000002.tar").unlink()
     with pytest.raises(DamageError, match=r"train-000002\.tar cannot be opened"):
         ShardReader(ShardIndex.open(folder), "train").read(9)
+
+
+def rewrite_index(folder, change):
+    """Change what the index says, so that only the content tells that something is wrong."""
+    document = json.loads((folder / "index.json").read_text())
+    change(document)
+    document["fingerprint"] = fingerprint_of(document)
+    (folder / "index.json").write_text(json.dumps(document))
+
+
+def test_content_that_does_not_fit_its_class_list_is_found(folder):
+    def two_classes(document):
+        document["dataset"]["class_names"].pop()
+
+    rewrite_index(folder, two_classes)
+    assert verify(folder) == []
+    problems = [(f.key, f.problem) for f in verify(folder, deep=True)]
+    assert ("img_002", "class id 2 is not in 0..1") in problems, "a label"
+    assert ("img_001", "class id 2 is not in 0..1") in problems, "a box"
+
+
+def test_mask_ids_and_sizes_are_found(folder, monkeypatch):
+    def no_ignored(document):
+        document["dataset"]["ignore_ids"] = [255]
+
+    rewrite_index(folder, no_ignored)
+    first = verify(folder, deep=True)[0]
+    assert (first.shard, first.key) == ("train-000000.tar", "img_000")
+    assert "the mask has class id 254, expected 0..2" in first.problem
+    assert first.offset == span_of(ShardIndex.open(folder), 0, "mask")[0]
+    monkeypatch.setattr("xattn.data.pack._Counts._count_pixels", lambda *_: np.zeros(256, np.int64))
+    other = write(folder.parent / "other", samples=[make_sample(0, mask=MASK_OF_OTHER_SIZE)])
+    (finding,) = verify(other.root, deep=True)
+    assert finding.problem == "the mask has (height, width) (3, 3), the image (16, 24)"
+
+
+def test_missing_fields_and_double_keys_are_found(tmp_path, monkeypatch):
+    samples = [make_sample(0), make_sample(1, mask=None), make_sample(2)]
+    (finding,) = verify(write(tmp_path / "out", samples=samples).root)
+    assert (finding.shard, finding.key) == ("train-000000.tar", "img_001")
+    assert finding.problem == "has no mask, while 2 others have one"
+    monkeypatch.setattr("xattn.data.shards.check_unique", lambda _entries: None)
+    monkeypatch.setattr("xattn.data.pack.KEY_BYTES", 88)
+    double = Samples([make_sample(0), make_sample(1)])
+    double.entries.append(double.entries[0])
+    (finding,) = verify(write(tmp_path / "double", read=double).root)
+    assert (finding.key, finding.problem) == ("img_000", "the key occurs twice in this split")
+
+
+def damage_tar(folder):
+    flip_byte(folder / "train-000001.tar", 700)
+
+
+def damage_rows(folder):
+    flip_byte(folder / "train.index.npy", 300)
+
+
+def cut(folder):
+    file = folder / "train-000002.tar"
+    file.write_bytes(file.read_bytes()[:1024])
+
+
+def lose(folder):
+    (folder / "train-000000.tar").unlink()
+    (folder / "train.index.npy").unlink()
+
+
+def swap(folder):
+    first, second = folder / "train-000000.tar", folder / "train-000001.tar"
+    first.rename(folder / "x")
+    second.rename(first)
+    (folder / "x").rename(second)
+
+
+def add(folder):
+    (folder / "train-000007.tar").write_bytes(b"more")
+
+
+def damage_index(folder):
+    flip_byte(folder / "index.json", 30)
+
+
+@pytest.mark.parametrize("harm", [damage_tar, damage_rows, cut, lose, swap, add, damage_index])
+def test_repair_brings_every_byte_back(folder, harm):
+    before = digests(folder)
+    harm(folder)
+    assert digests(folder) != before
+    assert repair(folder)
+    assert digests(folder) == before
+    assert repair(folder) == []
+
+
+def test_repair_refuses_raw_files_that_changed(folder):
+    damage_tar(folder)
+    before = digests(folder)
+    read = Samples([make_sample(i + 100, key=f"img_{i:03d}") for i in range(10)])
+    settings = ShardSettings(samples_per_shard=4, shuffle_seed=None)
+    with pytest.raises(DataError, match=r"000001\.tar: cannot be repaired, its raw files"):
+        repair_shards(folder, INFO, {"train": read.entries}, read, settings)
+    assert digests(folder) == before
+
+
+def test_five_hundred_flips_are_found_or_harmless(folder):
+    """Any byte of any file: verify names it, and a reader never gives other bytes for sound."""
+    truth = {i: make_sample(i) for i in range(10)}
+    chance = random.Random(1)
+    files = sorted(folder.iterdir())
+    for _ in range(500):
+        file = chance.choice(files)
+        offset = chance.randrange(file.stat().st_size)
+        flip_byte(file, offset)
+        with contextlib.suppress(DataError):  # what opening raises is a finding too
+            assert verify(folder, deep=True), (file.name, offset)
+        with contextlib.suppress(DataError):
+            reader = ShardReader(ShardIndex.open(folder), "train")
+            for position in range(10):
+                with contextlib.suppress(DamageError):
+                    assert reader.read(position)["image"] == truth[position].image
+        flip_byte(file, offset)
+    assert verify(folder, deep=True) == []

@@ -1,6 +1,7 @@
 """The loop on real models and shards: resume, ranks, curves, divergence."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import small_params, write_params
 from xattn.config import load_config
-from xattn.errors import CapacityError, CheckpointError, ConfigError, XattnError
+from xattn.data.index import ShardIndex
+from xattn.errors import CapacityError, CheckpointError, ConfigError, DamageError, XattnError
 from xattn.experiment import TrainJob, plan_job, run_training
 from xattn.structures import Progress
 from xattn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -65,6 +67,29 @@ def test_finished_job_is_not_trained_again(project: Path) -> None:
         load_config(project / "params.yaml"), "finetune", "segmenter", project, seen.append
     )
     assert seen == []
+
+
+def test_damaged_samples_stop_a_run_or_are_counted(project: Path) -> None:
+    shared = (project / "data/shards").resolve()
+    (project / "data/shards").unlink()
+    folder = Path(shutil.copytree(shared / "scenes", project / "data/shards/scenes"))
+    index = ShardIndex.open(folder)
+    for position in (3, 9, 17):
+        offset = index.records("train")[position]["image"]["offset"].item()
+        with (folder / "train-000000.tar").open("r+b") as shard:
+            shard.seek(offset + 100)
+            shard.write(b"????")
+    with pytest.raises(DamageError, match=r"shard train-000000\.tar, key \w+, offset \d+"):
+        train(project)
+    params = small_params()
+    params["finetune"]["skip_damaged"] = 1
+    write_params(project, params)
+    with pytest.raises(DamageError, match=r"finetune\.skip_damaged: 2 samples are damaged, 1 may"):
+        train(project)
+    params["finetune"]["skip_damaged"] = 9
+    write_params(project, params)
+    rows = read_history(train(project).run_dir / "history.jsonl")
+    assert [row["damaged"] for row in rows if "damaged" in row][-1] == 3
 
 
 def test_changed_setting_is_another_job(project: Path) -> None:

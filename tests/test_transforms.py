@@ -4,17 +4,18 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
+from xattn.data.colour import distort_colours
+from xattn.data.pixels import MEAN, STD, normalise
+from xattn.data.rand_augment import RandAugment
 from xattn.data.transforms import (
-    MEAN,
-    STD,
     ClassificationAugment,
     ClassificationEval,
+    RandomErasing,
     SegmentationAugment,
     SegmentationEval,
-    distort_colours,
-    normalise,
     rng_for,
 )
 from xattn.structures import IGNORE_INDEX
@@ -37,7 +38,7 @@ def denormalise(pixels):
     return pixels * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
-def test_generator_is_a_function_of_three_integers():
+def test_generator_is_a_function_of_its_integers():
     draws = {
         rng_for(seed, epoch, sample).random()
         for seed in (0, 1)
@@ -46,6 +47,7 @@ def test_generator_is_a_function_of_three_integers():
     }
     assert len(draws) == 8
     assert rng_for(5, 6, 7).random() == rng_for(5, 6, 7).random()
+    assert len({rng_for(*numbers).random() for numbers in ((1,), (1, 0), (1, 0, 0))}) == 3
     # Pinned: other numbers would silently change every resumed run.
     assert rng_for(1, 2, 3).random() == pytest.approx(PINNED, abs=1e-15)
 
@@ -151,6 +153,31 @@ def test_crops_avoid_a_class_above_the_cap():
     # Without a cap only crops of one class are drawn again.
     assert (free_shares > 0.75).mean() > 0.4
     assert (free_shares == 1).mean() < 0.1
+
+
+def test_class_that_covers_just_the_cap_is_too_much():
+    """mmsegmentation asks for less than the share."""
+    mask = torch.zeros(4, 4, dtype=torch.uint8)
+    mask[0] = 1
+    augment = SegmentationAugment(**{**PLAIN, "base": (4, 4), "crop": (4, 4), "class_cap": 0.75})
+    assert not augment._is_varied(mask)
+    mask[1, 0] = 1
+    assert augment._is_varied(mask)
+    mask[1:] = IGNORE_INDEX
+    assert not augment._is_varied(mask)
+    assert not augment._is_varied(torch.full_like(mask, IGNORE_INDEX))
+
+
+@pytest.mark.parametrize("crop", [(50, 20), (20, 50), (50, 50)])
+def test_crop_larger_than_the_image_is_padded_where_it_has_to_be(crop):
+    image, mask = picture(30, 40)
+    augment = SegmentationAugment(**{**PLAIN, "base": (30, 40), "crop": crop})
+    pixels, target = augment(image, mask, rng_for(0, 0, 0))
+    assert pixels.shape == (3, *crop)
+    height, width = min(crop[0], 30), min(crop[1], 40)
+    assert int((target != IGNORE_INDEX).sum()) == height * width
+    assert (target[:height, :width] != IGNORE_INDEX).all()
+    assert (pixels[:, target == IGNORE_INDEX] == 0).all()
 
 
 def test_colours_change_as_hsv_says():
@@ -265,3 +292,119 @@ def test_settings_are_strict_and_frozen():
         SegmentationAugment(base=(1, 1), crop=(1, 1), cropp=(1, 1))
     with pytest.raises(ValidationError, match="frozen"):
         SegmentationEval().multiple = 16
+
+
+def test_parts_have_the_stated_aspect_ratio():
+    # Of a ramp over the columns: how many of them a part spans.
+    ramp = torch.arange(200, dtype=torch.uint8).expand(3, 200, 200).contiguous()
+    spans = {}
+    for aspect in ((0.5, 0.5), (2.0, 2.0)):
+        augment = ClassificationAugment(size=20, scale=(0.1, 0.1), aspect=aspect, flip=0.0)
+        pixels = denormalise(augment(ramp, rng_for(0, 0, 0)))
+        spans[aspect[0]] = (pixels[0, 10, 15] - pixels[0, 10, 5]).item() * 2
+    side = (0.1 * 200**2) ** 0.5
+    assert spans[0.5] == pytest.approx(side * 0.5**0.5, rel=0.05)
+    assert spans[2.0] == pytest.approx(side * 2**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_parts_are_resized_as_pil_does(interpolation):
+    image, _ = picture(90, 90)
+    settings = {"scale": (1.0, 1.0), "aspect": (1.0, 1.0), "flip": 0.0}
+    augment = ClassificationAugment(size=30, interpolation=interpolation, **settings)
+    resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+        (30, 30), getattr(Image.Resampling, interpolation.upper())
+    )
+    expected = normalise(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
+    pixels = augment(image, rng_for(0, 0, 0))
+    torch.testing.assert_close(denormalise(pixels), denormalise(expected), atol=1.01, rtol=0)
+
+
+def erased_box(pixels):
+    """Return height and width of where `pixels`, zeros before, are noise."""
+    changed = (pixels != 0).all(0)
+    rows, columns = changed.any(1).nonzero()[:, 0], changed.any(0).nonzero()[:, 0]
+    box = changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert box.all()
+    assert box.sum() == changed.sum()
+    return tuple(box.shape)
+
+
+def test_erasing_fills_a_rectangle_with_standard_noise():
+    erase = RandomErasing(probability=1.0)
+    state = torch.get_rng_state()
+    shapes, noise = [], []
+    for draw in range(200):
+        pixels = erase(torch.zeros(3, 60, 60), rng_for(0, 0, draw))
+        assert torch.equal(pixels, erase(torch.zeros(3, 60, 60), rng_for(0, 0, draw)))
+        shapes.append(erased_box(pixels))
+        noise.append(pixels[pixels != 0])
+    areas = [height * width / 3600 for height, width in shapes]
+    aspects = [height / width for height, width in shapes]
+    assert 0.015 < min(areas) < 0.04
+    assert 0.28 < max(areas) < 0.35
+    assert 0.25 < min(aspects) < 0.5
+    assert 2 < max(aspects) < 4
+    noise = torch.cat(noise)
+    assert noise.mean().abs() < 0.01
+    assert noise.std() == pytest.approx(1, abs=0.01)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_erasing_happens_as_often_as_stated_and_never_whole():
+    erased = [
+        RandomErasing()(torch.zeros(1, 20, 20), rng_for(0, 0, draw)).any() for draw in range(400)
+    ]
+    assert 0.18 < sum(erased) / 400 < 0.32
+    whole = RandomErasing(probability=1.0, area=(1.0, 1.0), aspect=(1.0, 1.0))
+    assert not whole(torch.zeros(3, 20, 20), rng_for(0, 0, 0)).any()
+
+
+def test_whole_recipe_of_the_pretraining_repeats_itself():
+    image, _ = picture()
+    plain = ClassificationAugment(size=24)
+    augment = ClassificationAugment(size=24, rand_augment={}, random_erasing={"probability": 1.0})
+    state = torch.get_rng_state()
+    results = [augment(image, rng_for(0, 0, draw)) for draw in (1, 1, 2)]
+    assert results[0].shape == (3, 24, 24)
+    assert results[0].dtype == torch.float32
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], plain(image, rng_for(0, 0, 1)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_jitter_beside_rand_augment_is_refused():
+    with pytest.raises(ValidationError, match=r"colour_jitter is 0\.4, expected 0"):
+        ClassificationAugment(size=24, colour_jitter=0.4, rand_augment={})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"aspect": (2.0, 1.0)},
+        {"aspect": (0.0, 1.0)},
+        {"interpolation": "nearest"},
+        {"random_erasing": {"area": (0.0, 0.5)}},
+        {"random_erasing": {"probability": 1.5}},
+        {"rand_augment": {"magnitude": 11}},
+        {"rand_augment": {"magnitude_std": -1}},
+        {"rand_augment": {"num_operations": 0}},
+    ],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        ClassificationAugment(size=8, **settings)
+
+
+def test_recipe_can_be_written_as_yaml_is_read():
+    """params.yaml is validated as strict JSON."""
+    augment = ClassificationAugment.model_validate_json(
+        """{"size": 224, "aspect": [0.75, 1.3333], "interpolation": "bilinear",
+            "rand_augment": {"magnitude": 9, "magnitude_std": 0.5},
+            "random_erasing": {"probability": 0.25, "area": [0.02, 0.3333]}}""",
+        strict=True,
+    )
+    assert augment.rand_augment == RandAugment()
+    assert ClassificationAugment(size=8).rand_augment is None
+    assert ClassificationAugment(size=8).random_erasing is None

@@ -76,9 +76,19 @@ class ValidateSegmenter(_ValidateConfig):
 
 
 class _StageConfig(_Section):
-    """What the recipes of both training stages have in common."""
+    """What the recipes of both training stages have in common.
+
+    Args:
+        train_split: the split to train on.
+        skip_damaged: samples, over all workers, that may turn out damaged while training: the next
+            sound one takes the place of each, and their number stands among the curves. 0 stops at
+            the first.
+        fit: length and precision.
+        optim: optimiser and schedule.
+    """
 
     train_split: str = "train"
+    skip_damaged: int = Field(default=0, ge=0)
     fit: FitConfig
     optim: OptimConfig
 

@@ -10,9 +10,10 @@ DVC deletes, so that the same job goes on where it was and a changed job never m
     final/              model.safetensors and summary.json, once all steps are taken
 """
 
+import logging
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +26,13 @@ from xattn.config import Config, FinetuneConfig, PretrainConfig, RunConfig
 from xattn.data.index import ShardIndex
 from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.data.order import check_divides
-from xattn.errors import CheckpointError, ConfigError, UnknownNameError
+from xattn.errors import CheckpointError, ConfigError, DamageError, UnknownNameError
 from xattn.evaluate.inference import headline, metrics_of, score_classification, score_segmentation
 from xattn.models.weights import WEIGHTS_SUFFIXES, load_weights, save_weights
 from xattn.models.zoo import create_recipe, list_models
 from xattn.places import run_dir, shards_dir
 from xattn.storage import read_json, refused_disk, sha256_file, sha256_json, write_json
-from xattn.structures import Progress, Recipe, Task
+from xattn.structures import Batch, Progress, Recipe, Task
 from xattn.tracking import RunLogger, TrackedRun, close_run, open_run
 from xattn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from xattn.train.distributed import (
@@ -48,6 +49,8 @@ from xattn.train.engine import State, StepLog, fit
 from xattn.train.history import History
 from xattn.train.optim import build_optimizer
 
+_log = logging.getLogger(__name__)
+
 Stage = Literal["pretrain", "finetune"]
 
 SCRATCH = "pipelines/scratch.json"
@@ -56,6 +59,8 @@ SCRATCH = "pipelines/scratch.json"
 _CODE = (
     *("structures.py", "losses.py", "experiment.py", "nn", "models", "train", "evaluate"),
     *("data/index.py", "data/order.py", "data/transforms.py", "data/loader.py"),
+    *("data/pixels.py", "data/colour.py", "data/rand_augment.py", "data/mixing.py"),
+    "data/augment_detection.py",
 )
 """What decides a trained model and its validation beside settings and data, in the package."""
 
@@ -253,13 +258,14 @@ def work(job: TrainJob, post: Callable[[Progress], None]) -> None:
         world=ranks.world,
         num_workers=job.loader_workers,
         pin_memory=ranks.device.type == "cuda",
+        skip_damaged=job.recipe.skip_damaged > 0,
     )
     observer = _Observer(job, index, recipe, ranks, state.step, post)
     started = time.perf_counter()
     try:
         fit(
             state,
-            batches,
+            observer.watched(batches),
             recipe,
             job.recipe.fit,
             job.recipe.optim,
@@ -317,6 +323,7 @@ class _Observer:
         self._job, self._index, self._recipe, self._ranks = job, index, recipe, ranks
         self._post = post
         self._shown: dict[str, float] = {}
+        self._damaged: list[str] = []
         self.scores: dict[str, float] = {}
         self._history: History | None = None
         self._logger: RunLogger | None = None
@@ -325,11 +332,37 @@ class _Observer:
             self._logger = RunLogger(job.tracked) if job.tracked else None
             post(Progress(step, job.recipe.fit.steps))
 
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass batches on, and note what was damaged in them.
+
+        Raises:
+            DamageError: this rank alone met more than may be skipped.
+        """
+        for batch in batches:
+            for problem in batch.damaged:
+                _log.warning("skipped a damaged sample: %s", problem)
+                self._damaged.append(problem)
+            self._check_damaged(len(self._damaged))
+            yield batch
+
+    def _check_damaged(self, count: int) -> None:
+        limit = self._job.recipe.skip_damaged
+        if count > limit:
+            last = f"; the last: {self._damaged[-1]}" if self._damaged else ""
+            raise DamageError(
+                f"{self._job.stage}.skip_damaged: {count} samples are damaged, {limit} may be{last}"
+            )
+
     def on_log(self, log: StepLog) -> None:
         epoch = log.samples / self._index.split(self._job.recipe.train_split).count
         rates = {"lr": log.lr, "images_per_s": log.images_per_s}
         row = {"step": log.step, "samples": log.samples, "epoch": epoch, **log.losses, **rates}
-        self._record(log.step, row, {**log.losses, **rates, "epoch": epoch})
+        if self._job.recipe.skip_damaged:
+            own = torch.tensor(len(self._damaged), device=self._ranks.device)
+            row["damaged"] = damaged = int(sum_over_ranks(own))
+            self._check_damaged(damaged)
+        named = {key: value for key, value in row.items() if key not in ("step", "samples")}
+        self._record(log.step, row, named)
         self._shown |= {"loss": log.losses["loss"], "img/s": log.images_per_s}
         if self._ranks.is_first:
             self._post(Progress(log.step, self._job.recipe.fit.steps, dict(self._shown)))

@@ -7,7 +7,7 @@ types that hold tensors name them in annotations only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -96,16 +96,19 @@ class Batch:
     """What one step takes.
 
     Args:
-        images: (B, 3, H, W) float32, normalised by the ImageNet mean and deviation.
+        images: (B, 3, H, W) float32, normalised by the ImageNet mean and deviation (uint8 as stored
+            where the loader was given no transform).
         target: int64; segmentation (B, H, W) with ids 0..K-1 or IGNORE_INDEX, classification (B,).
         keys: the B sample keys.
         sizes: the B original (height, width) in pixels.
+        damaged: what was wrong with samples that others took the place of.
     """
 
     images: Tensor
     target: Tensor
     keys: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
+    damaged: tuple[str, ...] = ()
 
     def to(self, device: str | torch_device, channels_last: bool = False) -> Batch:
         """Return this batch on `device`; pinned memory is copied without waiting."""
@@ -113,7 +116,8 @@ class Batch:
 
         memory_format = torch.channels_last if channels_last else torch.preserve_format
         images = self.images.to(device, non_blocking=True, memory_format=memory_format)
-        return Batch(images, self.target.to(device, non_blocking=True), self.keys, self.sizes)
+        target = self.target.to(device, non_blocking=True)
+        return replace(self, images=images, target=target)
 
 
 MeanOverRanks = Callable[["Tensor"], "Tensor"]

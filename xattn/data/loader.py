@@ -5,14 +5,13 @@ worker may get any sample without a difference to it, since all chance comes fro
 Each worker computes on one thread (DataLoader sets that), so workers do not crowd the cores.
 """
 
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from xattn.data.index import ShardIndex, ShardReader, decode_mask
 from xattn.data.order import Order, OrderSettings, check_divides, eval_positions
@@ -31,7 +30,7 @@ EvalTransform = SegmentationEval | ClassificationEval
 
 Ids = list[tuple[int, int]]
 """(epoch, sample id) of the samples of one batch."""
-_Parts = tuple[Tensor, Tensor, list[str], list[tuple[int, int]]]
+_Parts = tuple[Tensor, Tensor, list[str], list[tuple[int, int]], list[str]]
 
 _FIELDS: dict[Task, str] = {"segmentation": "mask", "classification": "label"}
 
@@ -40,7 +39,7 @@ def build_train_loader(
     index: ShardIndex,
     split: str,
     task: Task,
-    augment: TrainTransform,
+    augment: TrainTransform | None,
     *,
     seed: int,
     global_batch: int,
@@ -51,6 +50,7 @@ def build_train_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     order: OrderSettings | None = None,
+    skip_damaged: bool = False,
 ) -> "BatchLoader":
     """Return the batches of global steps start_step .. start_step + steps - 1 for one rank.
 
@@ -58,7 +58,7 @@ def build_train_loader(
         index: the shard folder.
         split: name of the split.
         task: "segmentation" or "classification".
-        augment: the recipe that fits the task.
+        augment: the recipe that fits the task; None gives the pixels as they are stored.
         seed: of the order and of the augmentation.
         global_batch: samples a step over all ranks; a multiple of `world`.
         steps: how many batches to give.
@@ -68,6 +68,8 @@ def build_train_loader(
         num_workers: processes that read and augment; 0 does it in this one.
         pin_memory: copy batches to page-locked memory for a GPU.
         order: how to shuffle; the default settings if None.
+        skip_damaged: put the next sound sample of the split in a damaged one's place and say so in
+            `Batch.damaged`, instead of raising. Which one that is depends on the data alone.
 
     Raises:
         ConfigError: task and recipe do not fit, or the ranks cannot share a batch evenly.
@@ -82,7 +84,7 @@ def build_train_loader(
         settings.partitions,
         settings.block_shards,
     )
-    samples = _Samples(index, split, task, augment, seed)
+    samples = _Samples(index, split, task, augment, seed, skip_damaged)
     batches = _TrainBatches(
         sequence, range(start_step, start_step + steps), global_batch, rank, world
     )
@@ -93,7 +95,7 @@ def build_eval_loader(
     index: ShardIndex,
     split: str,
     task: Task,
-    transform: EvalTransform,
+    transform: EvalTransform | None,
     *,
     batch: int,
     rank: int = 0,
@@ -110,7 +112,7 @@ def build_eval_loader(
         index: the shard folder.
         split: name of the split.
         task: "segmentation" or "classification".
-        transform: the recipe that fits the task.
+        transform: the recipe that fits the task; None gives the pixels as they are stored.
         batch: most samples in a batch.
         rank: 0..world-1.
         world: number of ranks.
@@ -126,7 +128,7 @@ def build_eval_loader(
     rows = index.records(split)
     own = eval_positions(len(rows), rank, world)
     sizes = np.stack([rows["height"], rows["width"]], axis=1)[own.start :: own.step].tolist()
-    if task == "classification":
+    if task == "classification" and transform is not None:
         sizes = [None] * len(sizes)
     return BatchLoader(samples, _group_equal(own, sizes, batch), num_workers, pin_memory)
 
@@ -160,8 +162,9 @@ class BatchLoader:
         for parts in self._loader:
             if isinstance(parts, XattnError):
                 raise parts
-            images, target, keys, sizes = parts
-            yield Batch(images, target, tuple(keys), tuple(tuple(size) for size in sizes))
+            images, target, keys, sizes, damaged = parts
+            shapes = tuple((height, width) for height, width in sizes)
+            yield Batch(images, target, tuple(keys), shapes, tuple(damaged))
 
 
 class _TrainBatches:
@@ -189,34 +192,52 @@ class _Samples(Dataset[Any]):
         index: ShardIndex,
         split: str,
         task: Task,
-        transform: TrainTransform | EvalTransform,
+        transform: TrainTransform | EvalTransform | None,
         seed: int,
+        skip_damaged: bool = False,
     ) -> None:
         _check_fit(index, split, task, transform)
         self._reader = ShardReader(index, split)
         self._field, self._transform, self._seed = _FIELDS[task], transform, seed
+        self._skip_damaged = skip_damaged
         self._targets = np.arange(256, dtype=np.uint8)
         self._targets[list(index.info.ignore_ids)] = IGNORE_INDEX
 
     def __getitem__(self, ids: Ids) -> _Parts | XattnError:
+        damaged: list[str] = []
         try:
-            samples = [self._load(epoch, position) for epoch, position in ids]
+            samples = [self._load_sound(epoch, position, damaged) for epoch, position in ids]
         except XattnError as error:
             # DataLoader would put the worker's traceback into the text: pass it as a value.
             return error
-        images, targets = zip(*samples, strict=True)
-        positions = [position for _, position in ids]
+        images, targets, positions = zip(*samples, strict=True)
         return (
-            default_collate(list(images)),
+            _stack(images),
             default_collate(list(targets)),
             [self._reader.key(position) for position in positions],
             [self._reader.size(position) for position in positions],
+            damaged,
         )
+
+    def _load_sound(
+        self, epoch: int, position: int, damaged: list[str]
+    ) -> tuple[Tensor, Tensor, int]:
+        """Load a sample, or the next sound one; adds what was wrong to `damaged`."""
+        for place in range(position, position + len(self._reader)):
+            try:
+                image, target = self._load(epoch, place % len(self._reader))
+            except DataError as error:
+                if not self._skip_damaged:
+                    raise
+                damaged.append(str(error))
+            else:
+                return image, target, place % len(self._reader)
+        raise DataError(f"no sample of the split is sound; the last: {damaged[-1]}")
 
     def _load(self, epoch: int, position: int) -> tuple[Tensor, Tensor]:
         fields = self._reader.read(position)
         try:
-            image = _decode_image(fields["image"])
+            image = decode_image(fields["image"])
             if self._field == "label":
                 target = torch.tensor(int(fields["label"]))
             else:
@@ -224,28 +245,32 @@ class _Samples(Dataset[Any]):
         except (RuntimeError, OSError, ValueError) as error:
             place = self._reader.place(position)
             raise DataError(f"{place}: cannot be decoded: {error}") from error
-        image, target = self._apply(image, target, rng_for(self._seed, epoch, position))
+        image, target = self._apply(image, target, epoch, position)
         return image, target.long()
 
-    def _apply(self, image: Tensor, target: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+    def _apply(
+        self, image: Tensor, target: Tensor, epoch: int, position: int
+    ) -> tuple[Tensor, Tensor]:
         match self._transform:
             case SegmentationAugment() as augment:
-                return augment(image, target, rng)
+                return augment(image, target, rng_for(self._seed, epoch, position))
             case ClassificationAugment() as augment:
-                return augment(image, rng), target
+                return augment(image, rng_for(self._seed, epoch, position)), target
             case SegmentationEval() as prepare:
                 return prepare(image, target)
             case ClassificationEval() as prepare:
                 return prepare(image), target
+            case None:
+                return image, target
 
 
 def _check_fit(
-    index: ShardIndex, split: str, task: Task, transform: TrainTransform | EvalTransform
+    index: ShardIndex, split: str, task: Task, transform: TrainTransform | EvalTransform | None
 ) -> None:
     if task not in _FIELDS:
         raise ConfigError(f"task '{task}' has no loader, expected one of {', '.join(_FIELDS)}")
     segments = isinstance(transform, SegmentationAugment | SegmentationEval)
-    if segments != (task == "segmentation"):
+    if transform is not None and segments != (task == "segmentation"):
         raise ConfigError(f"{type(transform).__name__} is not a transform for task '{task}'")
     summary, field = index.split(split), _FIELDS[task]
     if summary.fields[field] != summary.count:
@@ -255,13 +280,29 @@ def _check_fit(
         )
 
 
-def _decode_image(data: bytes) -> Tensor:
+def decode_image(data: bytes) -> Tensor:
+    """Decode a JPEG or PNG file to (3, H, W) uint8 RGB.
+
+    Raises:
+        RuntimeError: it cannot be decoded.
+    """
     # Imported by who decodes: torchvision takes longer to import than torch itself.
-    from torchvision.io import ImageReadMode, decode_image  # noqa: PLC0415
+    from torchvision import io  # noqa: PLC0415
 
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    image: Tensor = decode_image(encoded, mode=ImageReadMode.RGB)
+    image: Tensor = io.decode_image(encoded, mode=io.ImageReadMode.RGB)
     return image
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """Collate (3, H, W) images as they lie in memory; decoded ones have their channels last."""
+    if len(images) == 1 and get_worker_info() is None:
+        return images[0][None]
+    if images[0].stride(0) == 1:
+        stacked: Tensor = default_collate([image.permute(1, 2, 0) for image in images])
+        return stacked.permute(0, 3, 1, 2)
+    collated: Tensor = default_collate(list(images))
+    return collated
 
 
 def _group_equal(positions: Iterable[int], sizes: Iterable[Any], most: int) -> list[Ids]:

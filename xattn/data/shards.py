@@ -1,380 +1,526 @@
-"""Sample streams to a shard folder: the only place that knows webdataset.
+"""Raw data set to shard folder: planned, packed by several processes, published as a whole.
 
-Plain WebDataset tars (KEY.jpg|png, KEY.seg.png, KEY.cls, KEY.boxes.json) that any tool can read,
-with the index of `xattn.data.index` beside them. The same samples give the same bytes on every run
-and machine. Every file is written under a hidden name, synced and renamed; index.json comes last,
-so a folder that has one is whole.
+The plan (which samples lie in which shard) follows from the list of entries alone, so shards can be
+packed in any order and by any number of processes, and an interrupted run goes on: finished tars
+wait in OUT/.partial (or in S3 already) with a record of what they hold, and are redone only if
+their raw files changed. When all are there they move to OUT, and index.json comes last: a folder
+that has one is whole.
 """
 
+import contextlib
 import dataclasses
-import hashlib
-import io
 import json
+import multiprocessing
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from xattn.data.datasets import Entry, check_unique
 from xattn.data.index import (
     INDEX_NAME,
+    LOCATION_NAME,
     SCHEMA,
     SUFFIXES,
-    TAR_BLOCK_BYTES,
-    Shard,
     ShardIndex,
-    decode_mask,
     fingerprint_of,
     record_dtype,
     records_name,
 )
-from xattn.errors import CapacityError, ConfigError, DataError
-from xattn.storage import free_bytes, refused_disk
+from xattn.data.order import permutation
+from xattn.data.pack import (
+    KEY_BYTES,
+    PackedShard,
+    Packing,
+    ShardPlan,
+    pack_shard,
+    rows_of_tar,
+)
+from xattn.data.stored import ShardSettings
+from xattn.data.target import BucketTarget, Target, open_target, staging_of
+from xattn.data.verify import verify
+from xattn.errors import CapacityError, DataError
+from xattn.remote import Bucket
+from xattn.storage import (
+    free_bytes,
+    refused_disk,
+    sha256_file,
+    sha256_json,
+    write_atomic,
+    write_json,
+)
 from xattn.structures import DatasetInfo, Sample
 
-OnProgress = Callable[[str, int, int], None]
+QUARANTINE_NAME = "quarantine.json"
 
-_KEY_BYTES = 88  # a ustar name without a directory has 100, the longest suffix 11
-_MAX_SIDE_PX = 65535
-_PARTIAL = ".partial"
+_SHARD_BYTES = 128 << 20
+_MAX_PER_SHARD = 1000
+_SIZED_ENTRIES = 256
+_TAR_OVERHEAD_BYTES = 1536  # headers and padding of a sample with two members
+_POLL_S = 0.2
+
+OnProgress = Callable[[int, int], None]
 
 
 def write_shards(
-    out: Path,
+    out: Path | str,
     info: DatasetInfo,
-    splits: Mapping[str, tuple[int, Iterable[Sample]]],
+    splits: Mapping[str, Sequence[Entry]],
+    read: Callable[[Entry], Sample],
+    settings: ShardSettings | None = None,
     *,
-    samples_per_shard: int = 1000,
-    max_shard_bytes: int = 256 << 20,
-    expected_bytes: int | None = None,
-    on_progress: OnProgress | None = None,
+    jobs: int = 1,
+    on_progress: OnProgress = lambda _done, _total: None,
 ) -> ShardIndex:
     """Write every split into the folder `out` and return its index.
 
-    About 150 bytes a sample are held in memory, whatever the size of the images.
+    What a local `out` held stays until everything new is packed; in S3 its index.json goes before
+    the first shard is replaced. A run that is killed leaves at most one unfinished shard a process
+    to be done again.
 
     Args:
-        out: new, empty, or a shard folder of the same splits (finished or not), which is replaced.
+        out: a folder or "s3://bucket/folder": new, empty, or a shard folder (finished or not),
+            which is replaced.
         info: the data set.
-        splits: name -> (number of samples, the samples in their order).
-        samples_per_shard: a shard is closed when it has as many.
-        max_shard_bytes: or before it would get larger than this (its 10 kB end blocks apart).
-        expected_bytes: estimate of all bytes to write; more than is free is refused beforehand.
-        on_progress: called after each sample with (split, done, total).
+        splits: name -> its entries.
+        read: opens the files of an entry; must pickle if `jobs` is above 1.
+        settings: order, size and storage.
+        jobs: processes that pack.
+        on_progress: called now and then with (samples done, samples in all).
 
     Raises:
-        DataError: a sample breaks its promise, or `out` holds files that are not ours.
-        CapacityError: the disk is or gets full; no index.json is left then.
-        ConfigError: `samples_per_shard` is not positive.
+        DataError: a sample breaks its promise, too many are corrupt, or `out` holds files that are
+            not ours.
+        CapacityError: the disk is or gets full; `out` is then as it was.
     """
-    if samples_per_shard < 1:
-        raise ConfigError(f"samples_per_shard is {samples_per_shard}, expected 1 or more")
-    out.mkdir(parents=True, exist_ok=True)
-    _clear(out, {*info.splits, *splits})
-    _check_free_space(out, expected_bytes)
-    with refused_disk(out), _nothing_kept_of_a_failure(out, {*info.splits, *splits}):
-        entries = {}
-        for name, (count, samples) in splits.items():
-            writer = _SplitWriter(out, name, info, samples_per_shard, max_shard_bytes)
-            entries[name] = writer.write(count, samples, on_progress)
-        document: dict[str, Any] = {
-            "schema": SCHEMA,
-            "dataset": dataclasses.asdict(info),
-            "splits": entries,
-        }
-        # Through JSON and back, so that the tuples of `info` count as the lists they become.
-        document["fingerprint"] = fingerprint_of(json.loads(json.dumps(document)))
-        with _PublishedFile(out / INDEX_NAME) as file:
-            file.write(json.dumps(document, indent=1).encode() + b"\n")
+    settings = settings or ShardSettings()
+    target, folder = open_target(out), staging_of(out, Path.cwd())
+    with refused_disk(folder):
+        _check_ours(target, splits)
+        folder.mkdir(parents=True, exist_ok=True)
+    bucket = target.bucket if isinstance(target, BucketTarget) else None
+    packing = Packing(info, read, settings.images, settings.quarantine, folder, bucket)
+    for entries in splits.values():
+        check_unique(entries)
+    plans = plan_shards(info, splits, settings)
+    done = _resume(target.names(), folder, plans)
+    todo = [plan for plan in plans if plan.name not in done]
+    total = sum(len(plan.entries) for plan in plans)
+    counter = _Counter(total - sum(len(plan.entries) for plan in todo), total, on_progress)
+    quarantine = _Quarantine(settings.quarantine)
+    for packed in done.values():
+        quarantine.add(packed)
+    try:
+        if bucket is not None and todo:
+            target.delete(INDEX_NAME)
+        elif settings.images.keeps_bytes:
+            expected = _raw_bytes([entry for plan in todo for entry in plan.entries])
+            _check_free_space(folder, expected)
+        for packed in _pack_all(packing, todo, jobs, counter):
+            quarantine.add(packed)
+            done[packed.name] = packed
+    except BaseException:
+        _remove_if_empty(folder)
+        raise
+    with refused_disk(folder):
+        _publish(target, folder, info, {split: _named(plans, split, done) for split in splits})
     return ShardIndex.open(out)
 
 
-@contextmanager
-def _nothing_kept_of_a_failure(out: Path, splits: set[str]) -> Iterator[None]:
+def link_shards(index: ShardIndex, folder: Path) -> None:
+    """Make a local folder that stands for remote shards: their index, and where they are."""
+    assert index.location is not None, "the shards are local"
+    with refused_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+    bucket = Bucket(index.location)
+    for split, summary in index.splits.items():
+        name = records_name(split)
+        expected = summary.records_sha256
+        bucket.download(name, folder / name, expected, bucket.size(name) or 0)
+    write_json(folder / LOCATION_NAME, {"shards": index.location})
+    data = bucket.read(INDEX_NAME)
+    write_atomic(folder / INDEX_NAME, lambda partial: partial.write_bytes(data))
+
+
+def repair_shards(
+    out: Path | str,
+    info: DatasetInfo,
+    splits: Mapping[str, Sequence[Entry]],
+    read: Callable[[Entry], Sample],
+    settings: ShardSettings | None = None,
+    *,
+    jobs: int = 1,
+    on_progress: OnProgress = lambda _done, _total: None,
+) -> list[str]:
+    """Make what `verify` finds damaged anew from the raw files, byte for byte as it was.
+
+    Takes the arguments with which `write_shards` wrote the folder. A folder without a sound
+    index.json is written as a whole.
+
+    Returns:
+        The names of the files that were mended or, being none of the index, removed.
+
+    Raises:
+        DataError: the raw files do not give the bytes that index.json vouches for; nothing of the
+            folder is changed then.
+    """
+    settings = settings or ShardSettings()
     try:
-        yield
-    except BaseException:
-        _clear(out, splits)
-        raise
+        index = ShardIndex.open(out)
+    except DataError:
+        write_shards(out, info, splits, read, settings, jobs=jobs, on_progress=on_progress)
+        return [INDEX_NAME]
+    damaged = list(dict.fromkeys(finding.shard for finding in verify(out, deep=True)))
+    listed = {shard.name: shard for split in index.splits.values() for shard in split.shards}
+    plans = {plan.name: plan for plan in plan_shards(info, splits, settings)}
+    todo = [plans[name] for name in damaged if name in plans and name in listed]
+    target, folder = open_target(out), staging_of(out, Path.cwd())
+    _check_same(target, "", set(plans) == set(listed), "the entries give other shards")
+    with refused_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _resume({}, folder, [])  # whatever lay there is in the way
+    packing = Packing(info, read, settings.images, settings.quarantine, folder)
+    counter = _Counter(0, sum(len(plan.entries) for plan in todo), on_progress)
+    try:
+        for packed in _pack_all(packing, todo, jobs, counter):
+            same = packed.sha256 == listed[packed.name].sha256
+            _check_same(target, packed.name, same, "its raw files give other bytes now")
+        with refused_disk(folder):
+            for plan in todo:
+                target.publish(folder / plan.name, plan.name)
+            for split, summary in index.splits.items():
+                name = records_name(split)
+                if name in damaged:
+                    tars = [index.shard_path(split, n) for n in range(len(summary.shards))]
+                    rows = [rows_of_tar(tar, number) for number, tar in enumerate(tars)]
+                    write_rows(folder / name, join_rows(rows))
+                    same = sha256_file(folder / name) == summary.records_sha256
+                    _check_same(target, name, same, "the shards give other rows")
+                    target.publish(folder / name, name)
+            for name in set(damaged) - set(listed) - {records_name(s) for s in index.splits}:
+                target.delete(name)
+    finally:
+        shutil.rmtree(folder)
+    return damaged
 
 
-def _clear(out: Path, splits: set[str]) -> None:
-    """Remove what an earlier run of ours left in `out`, the index first."""
+def _check_same(target: Target, name: str, same: bool, otherwise: str) -> None:
+    if not same:
+        raise DataError(
+            f"{target.place}/{name}: cannot be repaired, {otherwise}; the raw data, the settings "
+            "or this program changed since; make the folder anew with `xattn shard`"
+        )
+
+
+def _named(
+    plans: Sequence[ShardPlan], split: str, done: Mapping[str, PackedShard]
+) -> list[PackedShard]:
+    return [done[plan.name] for plan in plans if plan.split == split]
+
+
+def plan_shards(
+    info: DatasetInfo, splits: Mapping[str, Sequence[Entry]], settings: ShardSettings
+) -> list[ShardPlan]:
+    """Decide which samples lie in which shard: a function of the entries and the settings."""
+    common = [dataclasses.asdict(info), settings.images.model_dump(), settings.quarantine > 0]
+    every = [entry for entries in splits.values() for entry in entries]
+    size = settings.samples_per_shard or _samples_per_shard(every)
+    plans = []
+    for split, entries in splits.items():
+        ordered: Sequence[Entry] = entries
+        if split.startswith("train") and settings.shuffle_seed is not None:
+            order = permutation(len(entries), (settings.shuffle_seed, len(entries)))
+            ordered = [entries[place] for place in order]
+        for number, first in enumerate(range(0, len(ordered), size)):
+            chosen = tuple(ordered[first : first + size])
+            stamps = [(entry.key, entry.image, _stamp(entry)) for entry in chosen]
+            fingerprint = sha256_json([common, split, number, stamps])
+            plans.append(ShardPlan(split, number, chosen, fingerprint))
+    return plans
+
+
+def _samples_per_shard(entries: Sequence[Entry]) -> int:
+    """Return how many samples fill a shard, judged by the size of some raw files."""
+    chosen = entries[:: max(1, len(entries) // _SIZED_ENTRIES)]
+    mean = _raw_bytes(chosen) / max(len(chosen), 1)
+    return max(1, min(_MAX_PER_SHARD, int(_SHARD_BYTES / max(mean, 1.0))))
+
+
+def _raw_bytes(entries: Sequence[Entry]) -> int:
+    """Return the bytes of the raw files and of their tar headers; a missing file has none."""
+    return sum(_TAR_OVERHEAD_BYTES + sum(size for size, _ in _stamp(entry)[0]) for entry in entries)
+
+
+def _stamp(entry: Entry) -> tuple[list[tuple[int, int]], str]:
+    """Return (bytes, time of change) of an entry's files, and its target as text."""
+    files = [entry.image, *([entry.target] if isinstance(entry.target, str) else [])]
+    stamps = []
+    for file in files:
+        try:
+            state = os.stat(file)
+        except OSError:
+            continue  # its reader will say so
+        stamps.append((state.st_size, state.st_mtime_ns))
+    return stamps, repr(entry.target)
+
+
+def _check_ours(target: Target, splits: Mapping[str, Any]) -> None:
+    """Raise a DataError if the target holds a file that a run of ours did not leave there."""
     names = "|".join(re.escape(name) for name in sorted(splits))
-    pattern = rf"index\.json|(?:{names})(?:-\d{{6}}\.tar|\.index\.npy)"
-    ours = re.compile(rf"{pattern}|\.(?:{pattern}){re.escape(_PARTIAL)}")
-    found = sorted(file.name for file in out.iterdir())
-    foreign = [name for name in found if not ours.fullmatch(name)]
+    known = (INDEX_NAME, QUARANTINE_NAME, LOCATION_NAME, ".partial")
+    fixed = "|".join(re.escape(name) for name in known)
+    ours = re.compile(
+        rf"\.?(?:{fixed}|(?:{names})(?:-\d{{6}}\.tar|\.index\.npy))(?:\.\d+\.partial)?"
+    )
+    foreign = sorted(name for name in target.names() if not ours.fullmatch(name))
     if foreign:
         raise DataError(
-            f"{out} holds '{foreign[0]}', which is not a file of these shards; "
+            f"{target.place} holds '{foreign[0]}', which is not a file of these shards; "
             "give an empty folder or move the file away"
         )
-    for name in sorted(found, key=lambda name: name != INDEX_NAME):
-        (out / name).unlink()
 
 
-def _check_free_space(out: Path, expected_bytes: int | None) -> None:
-    free = free_bytes(out)
-    if expected_bytes is not None and expected_bytes > free:
+def _resume(
+    published: Mapping[str, int], folder: Path, plans: Sequence[ShardPlan]
+) -> dict[str, PackedShard]:
+    """Return the shards that an earlier run finished, and remove what else it left.
+
+    Args:
+        published: files of the target and their sizes: remote tars, and local ones that a run
+            which was killed while it published has moved.
+        folder: where shards are packed.
+        plans: the shards that are wanted.
+    """
+    done = {}
+    for plan in plans:
+        with contextlib.suppress(DataError):
+            packed = PackedShard.load(folder, plan.name)
+            waiting = folder / plan.name
+            found = waiting.stat().st_size if waiting.exists() else published.get(plan.name)
+            if packed.plan == plan.fingerprint and packed.num_bytes == found:
+                done[plan.name] = packed
+    kept = {f"{name}{suffix}" for name in done for suffix in ("", ".json", ".npy")}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    return done
+
+
+def _check_free_space(folder: Path, expected_bytes: int) -> None:
+    free = free_bytes(folder)
+    if expected_bytes > free:
         raise CapacityError(
-            f"about {expected_bytes} bytes will be written to {out}, but only {free} are free there"
+            f"about {expected_bytes / 1e9:.3g} GB will be written to {folder.parent}, "
+            f"but only {free / 1e9:.3g} GB are free there"
         )
 
 
-class _PublishedFile:
-    """A file that appears under its name only when it is whole: hashed, synced, renamed.
-
-    After `discard` it swallows what is written: tarfile writes its end blocks whenever it is
-    closed, and after a failure they have nowhere to go.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(f".{path.name}{_PARTIAL}")
-        self._stream: io.BufferedWriter | None = self._partial.open("wb")
-        self._digest = hashlib.sha256()
-        self.num_bytes = 0
-
-    @property
-    def sha256(self) -> str:
-        """Hash of all that was written."""
-        return self._digest.hexdigest()
-
-    def write(self, data: bytes, /) -> int:
-        if self._stream is not None:
-            self._stream.write(data)
-            self._digest.update(data)
-            self.num_bytes += len(data)
-        return len(data)
-
-    def publish(self) -> None:
-        assert self._stream is not None, "published twice, or after discard"
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        self._stream = None
-        self._partial.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def discard(self) -> None:
-        if self._stream is not None:
-            # raw: what is still in the buffer may be just what did not fit on the disk.
-            self._stream.raw.close()
-            self._stream = None
-            self._partial.unlink(missing_ok=True)
-
-    def __enter__(self) -> "_PublishedFile":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.publish()
-        finally:
-            self.discard()
+def _remove_if_empty(folder: Path) -> None:
+    """Leave no empty folders behind a run that finished no shard."""
+    for path in (folder, folder.parent):
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
-class _SplitWriter:
-    """Writes the tars and rows of one split."""
+class _Counter:
+    """Sums the samples of all processes for the progress bar."""
 
-    def __init__(
-        self,
-        out: Path,
-        split: str,
-        info: DatasetInfo,
-        samples_per_shard: int,
-        max_shard_bytes: int,
-    ) -> None:
-        self._out, self._split, self._info = out, split, info
-        self._samples_per_shard, self._max_shard_bytes = samples_per_shard, max_shard_bytes
-        self._shards: list[Shard] = []
-        self._rows: list[npt.NDArray[np.void]] = []
-        self._keys: set[str] = set()
-        self._pixels = np.zeros(256, np.int64)
-        self._images = np.zeros(info.num_classes, np.int64)
-        self._known_ids = np.zeros(256, bool)
-        self._known_ids[[*range(info.num_classes), *info.ignore_ids]] = True
+    def __init__(self, done: int, total: int, on_progress: OnProgress) -> None:
+        self._done, self._total, self._on_progress = done, total, on_progress
 
-    def write(
-        self, count: int, samples: Iterable[Sample], on_progress: OnProgress | None
-    ) -> dict[str, Any]:
-        """Write all samples; return the split's entry of index.json."""
-        stream = iter(samples)
-        waiting = next(stream, None)
-        while waiting is not None:
-            waiting = self._write_shard(waiting, stream, count, on_progress)
-        if len(self._keys) != count:
+    def set(self, packed: int) -> None:
+        self._on_progress(self._done + packed, self._total)
+
+
+class _Quarantine:
+    """Counts the samples that were set aside over all shards."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._reasons: list[str] = []
+
+    def add(self, packed: PackedShard) -> None:
+        self._reasons += packed.quarantined.values()
+        if len(self._reasons) > self._limit:
             raise DataError(
-                f"{self._info.name}, split '{self._split}': the reader promised {count} samples "
-                f"and gave {len(self._keys)}"
+                f"{len(self._reasons)} corrupt samples, {self._limit} may be set aside "
+                f"(quarantine); the last: {self._reasons[-1]}"
             )
-        return self._publish_rows()
 
-    def _write_shard(
-        self,
-        sample: Sample | None,
-        stream: Iterator[Sample],
-        count: int,
-        on_progress: OnProgress | None,
-    ) -> Sample | None:
-        """Write one tar from `sample` on; return the first sample of the next one, if any."""
-        import webdataset  # noqa: PLC0415 (it imports torch, which readers of this module may lack)
 
-        name = f"{self._split}-{len(self._shards):06d}.tar"
-        rows: list[tuple[Any, ...]] = []
-        with _PublishedFile(self._out / name) as file:
-            tar = webdataset.TarWriter(file, mtime=0, encoder=False)
-            try:
-                while sample is not None and len(rows) < self._samples_per_shard:
-                    members = _members(sample)
-                    stored = sum(_stored_bytes(data) for data in members.values())
-                    if rows and tar.tarstream.offset + stored > self._max_shard_bytes:
-                        break
-                    sides = self._check(sample)
-                    spans = _write_members(tar, sample.key, members)
-                    rows.append((sample.key.encode(), len(self._shards), *spans, *sides))
-                    if on_progress is not None:
-                        on_progress(self._split, len(self._keys), count)
-                    sample = next(stream, None)
-            except BaseException:
-                file.discard()
-                raise
-            finally:
-                tar.close()
-        self._shards.append(Shard(name, file.num_bytes, len(rows), file.sha256))
-        self._rows.append(np.array(rows, record_dtype(_KEY_BYTES)))
-        return sample
-
-    def _check(self, sample: Sample) -> tuple[int, int]:
-        """Check what the index needs, count the classes, return (height, width) in pixels."""
-        _check_key(sample)
-        if sample.key in self._keys:
-            raise _broken(sample, "the key occurs twice in this split")
-        self._keys.add(sample.key)
-        sides = _image_size(sample)
-        if sample.mask is not None:
-            self._count_pixels(sample, sample.mask, sides)
-        if sample.label is not None:
-            self._check_class(sample, sample.label)
-            self._images[sample.label] += 1
-        for box in sample.boxes or ():
-            self._check_class(sample, box.class_id)
-        return sides
-
-    def _check_class(self, sample: Sample, class_id: int) -> None:
-        last = self._info.num_classes - 1
-        if not 0 <= class_id <= last:
-            raise _broken(sample, f"class id {class_id} is not in 0..{last}")
-
-    def _count_pixels(self, sample: Sample, data: bytes, sides: tuple[int, int]) -> None:
-        try:
-            mask = decode_mask(data)
-        except (OSError, ValueError) as error:
-            raise _broken(sample, f"the mask cannot be decoded: {error}") from error
-        if mask.shape != sides:
-            raise _broken(sample, f"the mask has (height, width) {mask.shape}, the image {sides}")
-        counts = np.bincount(mask.reshape(-1), minlength=256)
-        unknown = np.flatnonzero((counts > 0) & ~self._known_ids)
-        if len(unknown):
-            known = f"0..{self._info.num_classes - 1} or an ignored one {self._info.ignore_ids}"
-            raise _broken(sample, f"the mask has class id {unknown[0]}, expected {known}")
-        self._pixels += counts
-
-    def _publish_rows(self) -> dict[str, Any]:
-        rows = np.concatenate(self._rows or [np.empty(0, record_dtype(_KEY_BYTES))])
-        longest = max((len(key.encode()) for key in self._keys), default=1)
-        rows = rows.astype(record_dtype(longest))
-        with _PublishedFile(self._out / records_name(self._split)) as file:
-            np.lib.format.write_array(file, rows, allow_pickle=False)
-        ignored = list(self._info.ignore_ids)
-        classes = self._pixels[: self._info.num_classes].copy()
-        classes[[i for i in ignored if i < len(classes)]] = 0
-        return {
-            "samples": len(rows),
-            "fields": {field: int((rows[field]["offset"] > 0).sum()) for field in SUFFIXES},
-            "class_counts": {
-                "pixels": classes.tolist(),
-                "ignored_pixels": int(self._pixels[ignored].sum()),
-                "images": self._images.tolist(),
-            },
-            "shards": [
-                {
-                    "name": shard.name,
-                    "bytes": shard.num_bytes,
-                    "samples": shard.num_samples,
-                    "sha256": shard.sha256,
-                }
-                for shard in self._shards
-            ],
-            "records_sha256": file.sha256,
+def _pack_all(
+    packing: Packing, plans: Sequence[ShardPlan], jobs: int, counter: _Counter
+) -> Iterator[PackedShard]:
+    """Yield shards as they are finished."""
+    if jobs <= 1 or len(plans) <= 1:
+        yield from _pack_here(packing, plans, counter)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["xattn.data.pack", "webdataset"])  # once, not once a process
+    packed, stop = context.Value("q", 0), context.Event()
+    with ProcessPoolExecutor(
+        min(jobs, len(plans)), context, initializer=_join_pool, initargs=(packed, stop)
+    ) as pool:
+        futures: set[Future[PackedShard]] = {
+            pool.submit(_pack_in_pool, packing, plan) for plan in plans
         }
+        try:
+            while futures:
+                finished, futures = wait(futures, _POLL_S, FIRST_COMPLETED)
+                counter.set(packed.value)
+                for future in finished:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise CapacityError(
+                "a packing process was killed, perhaps for want of memory; the finished shards are "
+                "kept: run again, with fewer --jobs"
+            ) from None
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
-def _members(sample: Sample) -> dict[str, bytes]:
-    """Return suffix -> payload for each field that the sample has."""
-    members: dict[str, bytes] = {sample.image_format: sample.image}
-    if sample.mask is not None:
-        members["seg.png"] = sample.mask
-    if sample.label is not None:
-        members["cls"] = str(sample.label).encode()
-    if sample.boxes is not None:
-        boxes = [dataclasses.asdict(box) for box in sample.boxes]
-        members["boxes.json"] = json.dumps(boxes, separators=(",", ":")).encode()
-    return members
+def _pack_here(
+    packing: Packing, plans: Sequence[ShardPlan], counter: _Counter
+) -> Iterator[PackedShard]:
+    packed = 0
+
+    def count() -> None:
+        nonlocal packed
+        packed += 1
+        counter.set(packed)
+
+    for plan in plans:
+        yield pack_shard(packing, plan, count)
 
 
-def _write_members(
-    tar: Any, key: str, members: Mapping[str, bytes]
-) -> Iterator[tuple[int, int, int]]:
-    """Write a sample; yield (offset, size, crc32) of each field of `SUFFIXES`."""
-    for suffixes in SUFFIXES.values():
-        suffix = next((suffix for suffix in suffixes if suffix in members), None)
-        if suffix is None:
-            yield 0, 0, 0
-            continue
-        # One member a call: the tar's own offset then says where it lies, in an order that is ours.
-        offset = tar.tarstream.offset + TAR_BLOCK_BYTES
-        tar.write({"__key__": key, suffix: members[suffix]})
-        yield offset, len(members[suffix]), zlib.crc32(members[suffix])
+@dataclass(slots=True)
+class _Pool:
+    """What a packing process shares with the others: samples packed, and whether to stop."""
+
+    packed: Any = None
+    stop: Any = None
 
 
-def _stored_bytes(data: bytes) -> int:
-    return TAR_BLOCK_BYTES * (1 + -(-len(data) // TAR_BLOCK_BYTES))
+_POOL = _Pool()
 
 
-def _check_key(sample: Sample) -> None:
-    key = sample.key
-    if not key or key.startswith("_") or set(key) & set("./\\\0"):
-        raise _broken(sample, "a key must not be empty, start with '_' or hold . / \\ or NUL")
-    if len(key.encode()) > _KEY_BYTES:
-        raise _broken(sample, f"the key has {len(key.encode())} bytes, at most {_KEY_BYTES} fit")
+class _Stopped(BaseException):
+    """Another process met a fault; what is unfinished is given up."""
 
 
-def _image_size(sample: Sample) -> tuple[int, int]:
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            width, height = image.size
-            found = image.format
-    except (OSError, ValueError) as error:
-        raise _broken(sample, f"the image cannot be decoded: {error}") from error
-    # MPO: a JPEG with further pictures behind the first, as some cameras store it.
-    if found not in {"jpg": ("JPEG", "MPO"), "png": ("PNG",)}[sample.image_format]:
-        raise _broken(sample, f"the image is a {found} file, not {sample.image_format}")
-    if max(height, width) > _MAX_SIDE_PX:
-        raise _broken(sample, f"the image is {height} x {width}, sides may have {_MAX_SIDE_PX} px")
-    return height, width
+def _join_pool(packed: Any, stop: Any) -> None:
+    _POOL.packed, _POOL.stop = packed, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which says stop
 
 
-def _broken(sample: Sample, problem: str) -> DataError:
-    return DataError(f"{sample.source} (key '{sample.key}'): {problem}")
+def _pack_in_pool(packing: Packing, plan: ShardPlan) -> PackedShard:
+    def count() -> None:
+        if _POOL.stop.is_set():
+            raise _Stopped
+        with _POOL.packed.get_lock():
+            _POOL.packed.value += 1
+
+    return pack_shard(packing, plan, count)
+
+
+def _publish(
+    target: Target,
+    folder: Path,
+    info: DatasetInfo,
+    of_split: Mapping[str, Sequence[PackedShard]],
+) -> None:
+    """Move everything from the partial folder to its place; index.json goes first, comes last."""
+    entries = {
+        split: _split_entry(split, info, shards, folder) for split, shards in of_split.items()
+    }
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "dataset": dataclasses.asdict(info),
+        "splits": entries,
+    }
+    # Through JSON and back, so that the tuples of `info` count as the lists they become.
+    document["fingerprint"] = fingerprint_of(json.loads(json.dumps(document)))
+    target.delete(INDEX_NAME)
+    new = [shard.name for shards in of_split.values() for shard in shards]
+    new += [records_name(split) for split in entries]
+    quarantined = {
+        split: {key: why for shard in shards for key, why in shard.quarantined.items()}
+        for split, shards in of_split.items()
+    }
+    if any(quarantined.values()):
+        write_json(folder / QUARANTINE_NAME, quarantined)
+        new.append(QUARANTINE_NAME)
+    for name in new:
+        if (folder / name).exists():
+            target.publish(folder / name, name)
+    for name in target.names().keys() - {*new, folder.name}:
+        target.delete(name)
+    write_json(folder / INDEX_NAME, document)
+    target.publish(folder / INDEX_NAME, INDEX_NAME)
+    shutil.rmtree(folder)
+
+
+def _split_entry(
+    split: str, info: DatasetInfo, shards: Sequence[PackedShard], folder: Path
+) -> dict[str, Any]:
+    """Write the rows of a split and return its entry of index.json."""
+    rows = join_rows([shard.rows(folder) for shard in shards])
+    file = folder / records_name(split)
+    write_rows(file, rows)
+    ignored = list(info.ignore_ids)
+    pixels = np.sum([shard.pixels for shard in shards], axis=0, dtype=np.int64, initial=0)
+    pixels = np.zeros(256, np.int64) + pixels
+    images = np.zeros(info.num_classes, np.int64)
+    for shard in shards:
+        images += shard.images
+    classes = pixels[: info.num_classes].copy()
+    classes[[i for i in ignored if i < len(classes)]] = 0
+    return {
+        "samples": len(rows),
+        "fields": {field: int((rows[field]["offset"] > 0).sum()) for field in SUFFIXES},
+        "class_counts": {
+            "pixels": classes.tolist(),
+            "ignored_pixels": int(pixels[ignored].sum()),
+            "images": images.tolist(),
+        },
+        "shards": [
+            {
+                "name": shard.name,
+                "bytes": shard.num_bytes,
+                "samples": shard.num_samples,
+                "sha256": shard.sha256,
+            }
+            for shard in shards
+        ],
+        "records_sha256": sha256_file(file),
+        "quarantined": sorted(key for shard in shards for key in shard.quarantined),
+    }
+
+
+def join_rows(parts: Sequence[npt.NDArray[np.void]]) -> npt.NDArray[np.void]:
+    """Join the rows of a split's shards, the key as wide as the longest."""
+    rows = np.concatenate([np.empty(0, record_dtype(KEY_BYTES)), *parts])
+    longest = max((len(key) for key in rows["key"]), default=1)
+    return rows.astype(record_dtype(longest))
+
+
+def write_rows(path: Path, rows: npt.NDArray[np.void]) -> None:
+    """Write the rows of a split, whole or not at all."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as stream:
+            np.lib.format.write_array(stream, rows, allow_pickle=False)
+
+    write_atomic(path, write)

@@ -39,6 +39,7 @@ _MARKERS = "osD^vPX*"
 _WIDTH_IN = 5.4  # a phone shows it at about full size, half a desktop page a little enlarged
 _MAX_POINTS = 1000  # of a curve: more than its pixels
 _INK, _RULE = "#010101", "#020202"  # replaced by the page's own colours
+_LEAST_SPAN = 0.02  # of a metric's axis, as a fraction
 _PER_CENT = FuncFormatter(lambda fraction, _: f"{round(100 * fraction, 6):g}")
 _STYLE = {
     "axes.edgecolor": _RULE,
@@ -182,6 +183,10 @@ def cost_scatter(points: Sequence[Cost], metric: str, figure_id: str, descriptio
             axes.set_xlabel(label)
             axes.margins(y=0.12)
             axes.set_xlim(0, 1.12 * max(getattr(point, axis) for point in points) / unit)
+        low, high = panels[0].get_ylim()
+        if high - low < _LEAST_SPAN:  # a hair's breadth must not look like a gulf
+            middle = (low + high) / 2
+            panels[0].set_ylim(middle - _LEAST_SPAN / 2, middle + _LEAST_SPAN / 2)
         panels[0].set_ylabel(f"{metric} [%]")
         panels[0].yaxis.set_major_formatter(_PER_CENT)
         _add_legend(figure, points, lines=False)

@@ -4,17 +4,19 @@ A reader is a module that has the names of `Reader`; it is found by its file nam
 set is adding a file. Modules whose names start with an underscore are no readers.
 """
 
+import functools
 import importlib
 import json
 import os
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
-from pydantic import BaseModel, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
-from xattn.data.datasets._files import Entry
+from xattn.data.datasets._files import Entry, check_unique
+from xattn.data.stored import ShardSettings
 from xattn.errors import DataError, UnknownNameError
 from xattn.structures import DatasetInfo, Sample
 
@@ -23,10 +25,12 @@ __all__ = [
     "Entry",
     "GeneratingReader",
     "Reader",
+    "check_unique",
     "list_readers",
     "load_reader",
     "reader_settings",
     "resolve_root",
+    "sample_reader",
 ]
 
 
@@ -84,11 +88,16 @@ class DatasetConfig(BaseModel, frozen=True, extra="forbid"):
         root: the raw folder: absolute, or relative to $XATTN_DATA or the project; only readers
             that generate their files can do without.
         settings: the reader's own knobs, checked by its `Settings`.
+        shards: order, size and storage of the shards.
+        remote: "s3://bucket/folder" for the shards; the project then keeps only their index. By
+            default they lie in data/shards/NAME.
     """
 
     reader: str
     root: str | None = None
     settings: dict[str, Any] = {}
+    shards: ShardSettings = ShardSettings()
+    remote: Annotated[str, Field(pattern=r"^s3://[^/]+(/.+)?$")] | None = None
 
     @field_validator("reader")
     @classmethod
@@ -103,6 +112,15 @@ class DatasetConfig(BaseModel, frozen=True, extra="forbid"):
         if "reader" in info.data:
             _parse_settings(info.data["reader"], value)
         return value
+
+
+def sample_reader(config: DatasetConfig, info: DatasetInfo) -> Callable[[Entry], Sample]:
+    """Return what reads an entry of a data set; it pickles, for the processes that pack shards."""
+    return functools.partial(_read, config.reader, info, reader_settings(config))
+
+
+def _read(reader: str, info: DatasetInfo, settings: BaseModel, entry: Entry) -> Sample:
+    return load_reader(reader).read(entry, info, settings)
 
 
 def reader_settings(config: DatasetConfig) -> BaseModel:

@@ -1,12 +1,13 @@
-"""Raw list, image and mask files: decoded in full, refused with one line that names the file.
+"""Raw list and image files: decoded in full, refused with one line that names the file.
 
-The bytes of a file are kept wherever every decoder will read them alike. Masks are single-channel
-8-bit PNG files whose pixel values are class ids; sizes are (width, height) in pixels, as in PIL.
+The bytes of a file are kept wherever every decoder will read them alike. Sizes are (width, height)
+in pixels, as in PIL.
 """
 
 import io
+import os
 import struct
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from xattn.errors import DataError, UnknownNameError
-from xattn.structures import DatasetInfo, Sample
+from xattn.structures import Sample
 
 DECODE_ERRORS = (
     OSError,
@@ -26,6 +27,8 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 """What PIL raises for broken files."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,67 +72,49 @@ def read_image(path: Path) -> RawImage:
     Raises:
         DataError: the file is missing, truncated or no image.
     """
-    data, image = _decode(path, "image")
+    data, image = decode(path, "image")
     if image.mode in ("L", "RGB") and image.format == "JPEG":
         return RawImage(data, "jpg", image.size)
-    if image.mode in ("L", "RGB") and image.format == "PNG" and _png_depth(data) == 8:
+    if image.mode in ("L", "RGB") and image.format == "PNG" and png_depth(data) == 8:
         return RawImage(data, "png", image.size)
     if image.mode.startswith("I"):
         high_byte = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
         image = Image.fromarray(high_byte.astype(np.uint8))
-    return RawImage(_encode_png(image.convert("RGB")), "png", image.size)
+    return RawImage(encode_png(image.convert("RGB")), "png", image.size)
 
 
-def read_mask(
-    path: Path, size: tuple[int, int], num_classes: int, ignore_ids: Collection[int]
-) -> bytes:
-    """Read a mask of class ids.
-
-    The bytes of an 8-bit grey PNG are kept; a palette PNG is written anew with its indices as grey.
-
-    Args:
-        path: a PNG file.
-        size: (width, height) in pixels of the image that it belongs to.
-        num_classes: ids 0..num_classes - 1 are allowed.
-        ignore_ids: ids allowed besides.
+def read_labelled(entry: Entry) -> Sample:
+    """Read an image whose label is the entry's target.
 
     Raises:
-        DataError: the file is missing, damaged, of another kind or size, or holds an unknown id.
-    """
-    data, image = _decode(path, "mask")
-    is_grey = image.mode == "L" and image.format == "PNG" and _png_depth(data) == 8
-    if not is_grey and not (image.mode == "P" and image.format == "PNG"):
-        raise DataError(
-            f"mask {path}: found {image.format} of mode {image.mode}, expected a PNG of 8-bit grey"
-            " or palette indices that are class ids; convert it"
-        )
-    if image.size != size:
-        raise DataError(
-            f"mask {path}: {image.size[0]} x {image.size[1]} pixels (width x height), but its image"
-            f" has {size[0]} x {size[1]}"
-        )
-    ids = np.asarray(image)
-    counts = np.bincount(ids.reshape(-1), minlength=256)
-    unknown = [i for i in np.flatnonzero(counts) if i >= num_classes and i not in ignore_ids]
-    if unknown:
-        others = f" (and {len(unknown) - 1} more ids)" if len(unknown) > 1 else ""
-        besides = "".join(f" or {i}" for i in sorted(ignore_ids))
-        raise DataError(
-            f"mask {path}: unknown class id {unknown[0]} in {counts[unknown[0]]} pixels{others};"
-            f" allowed: 0..{num_classes - 1}{besides}"
-        )
-    return data if is_grey else _encode_png(Image.fromarray(ids))
-
-
-def read_segmentation(entry: Entry, info: DatasetInfo) -> Sample:
-    """Read an image and the mask whose path is the entry's target.
-
-    Raises:
-        DataError: see `read_image` and `read_mask`.
+        DataError: see `read_image`.
     """
     image = read_image(Path(entry.image))
-    mask = read_mask(Path(entry.target), image.size, info.num_classes, info.ignore_ids)
-    return Sample(entry.key, image.data, image.format, entry.image, mask)
+    return Sample(entry.key, image.data, image.format, entry.image, label=entry.target)
+
+
+def list_folders(path: Path) -> list[str]:
+    """Return the sorted names of the folders in `path` that are not hidden.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder")
+    with os.scandir(path) as found:
+        return sorted(f.name for f in found if not f.name.startswith(".") and f.is_dir())
+
+
+def list_images(path: Path) -> list[str]:
+    """Return the sorted names of the files in `path` with an image's suffix, hidden ones apart.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder")
+    names = (name for name in os.listdir(path) if not name.startswith("."))
+    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def read_list(path: Path) -> list[str]:
@@ -161,6 +146,67 @@ def find_file(candidates: Iterable[Path], what: str) -> Path:
         if path.is_file():
             return path
     raise DataError(f"{paths[0]}: missing {what}; restore it or take the sample out of the split")
+
+
+def refuse_missing(paths: Sequence[Path], what: str) -> None:
+    """Raise a DataError unless `paths`, which are known to be missing, are none.
+
+    Args:
+        paths: the missing files or folders; the message names up to ten of them.
+        what: what they are, for the message.
+    """
+    if paths:
+        shown = ", ".join(str(path) for path in paths[:10])
+        others = f" and {len(paths) - 10} more" if len(paths) > 10 else ""
+        raise DataError(f"missing {what}: {shown}{others}; restore them")
+
+
+def pair_files(
+    images: Path, image_end: str, masks: Path, mask_end: str, skip_end: str | None = None
+) -> list[Entry]:
+    """Pair the images and masks of two folders, and of those below, that have the same name.
+
+    Args:
+        images: folder of the images.
+        image_end: what follows an image's name, for example "_leftImg8bit.png".
+        masks: folder of the masks.
+        mask_end: what follows a mask's name.
+        skip_end: files that end so are no masks, though they end in `mask_end`.
+
+    Returns:
+        One entry an image, sorted by name; its target is the path of the mask.
+
+    Raises:
+        DataError: a folder is missing or empty, or a file has no partner; names the partners.
+    """
+    names, drawn = _names(images, image_end), _names(masks, mask_end, skip_end)
+    refuse_missing([images / f"{name}{image_end}" for name in sorted(drawn - names)], "images")
+    return pair_listed(sorted(names), images, image_end, masks, mask_end)
+
+
+def pair_listed(
+    names: Iterable[str], images: Path, image_end: str, masks: Path, mask_end: str
+) -> list[Entry]:
+    """Return an entry for each name, with the path of its mask as the target.
+
+    Raises:
+        DataError: files are missing, which it names, or two names make the same key.
+    """
+    paths = [(images / f"{name}{image_end}", masks / f"{name}{mask_end}") for name in names]
+    refuse_missing([image for image, _ in paths if not image.is_file()], "images")
+    refuse_missing([mask for _, mask in paths if not mask.is_file()], "masks")
+    found = [
+        Entry(sample_key(image.name.removesuffix(image_end)), str(image), str(mask))
+        for image, mask in paths
+    ]
+    check_unique(found)
+    return found
+
+
+def find_folder(candidates: Iterable[Path]) -> Path:
+    """Return the first of `candidates` that is a folder, otherwise the first."""
+    paths = list(candidates)
+    return next((path for path in paths if path.is_dir()), paths[0])
 
 
 def check_split(root: Path, split: str, known: Collection[str]) -> None:
@@ -204,12 +250,16 @@ def palette(num_colours: int, first: int = 0) -> tuple[tuple[int, int, int], ...
     return tuple(colours)
 
 
-def _decode(path: Path, what: str) -> tuple[bytes, Image.Image]:
-    """Return a file's bytes and its fully decoded first frame."""
+def read_bytes(path: Path, what: str) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{what} {path}: {_reason(error)}") from error
+
+
+def decode(path: Path, what: str) -> tuple[bytes, Image.Image]:
+    """Return a file's bytes and its fully decoded first frame."""
+    data = read_bytes(path, what)
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
@@ -221,16 +271,32 @@ def _decode(path: Path, what: str) -> tuple[bytes, Image.Image]:
     return data, image
 
 
+def _names(folder: Path, end: str, skip_end: str | None = None) -> set[str]:
+    """Return the files of `folder` and below that end in `end`: "below/name" without it."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected files *{end} in it")
+    found = {
+        Path(parent, name).relative_to(folder).as_posix().removesuffix(end)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.endswith(end) and not name.startswith(".")
+        if skip_end is None or not name.endswith(skip_end)
+    }
+    if not found:
+        raise DataError(f"{folder}: no file *{end} in it")
+    return found
+
+
 def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def _png_depth(data: bytes) -> int:
+def png_depth(data: bytes) -> int:
     """Return the bits per channel of a PNG: byte 24, in its IHDR chunk."""
     return data[24]
 
 
-def _encode_png(image: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()

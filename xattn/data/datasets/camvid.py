@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from xattn.data.datasets import _files
+from xattn.data.datasets import _files, _masks
 from xattn.errors import DataError
 from xattn.structures import DatasetInfo, Sample
 
@@ -86,4 +86,4 @@ def read(entry: _files.Entry, info: DatasetInfo, settings: Settings) -> Sample: 
     Raises:
         DataError: a file is damaged or does not fit its partner; the message names it.
     """
-    return _files.read_segmentation(entry, info)
+    return _masks.read_segmentation(entry, info)

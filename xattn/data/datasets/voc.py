@@ -7,17 +7,22 @@ segmentation    mask; ids of SegmentationClass as they are: background, `classes
 detection       boxes of `classes`, from Annotations
 classification  label: the class of the image's largest box by area (the first of equals)
 
+Split `train_aug` are VOC 2012's 1,464 train images and 9,118 of SBD (Hariharan et al. 2011): 10,582
+with VOC's own mask where there is one, otherwise SBD's, which have no borders.
+
 Format: Everingham et al., "The PASCAL Visual Object Classes Challenge 2012 Development Kit",
 sections 4 and 8. Boxes in the files count pixels from 1 and include both ends: there x1..x2 covers
-the pixel edges x1 - 1 .. x2 here.
+the pixel edges x1 - 1 .. x2 here. A box may be a pixel wide or high; one that is a single pixel is
+a click by mistake and counts as degenerate, as does one whose ends are swapped.
 """
 
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree
 
 from pydantic import BaseModel
 
-from xattn.data.datasets import _files
+from xattn.data.datasets import _files, _masks
 from xattn.errors import DataError, UnknownNameError
 from xattn.structures import IGNORE_INDEX, Box, DatasetInfo, Sample, Task
 
@@ -28,6 +33,7 @@ LAYOUT = """\
 VOC2012/
   JPEGImages/NAME.jpg
   SegmentationClass/NAME.png               palette indices: 0 background, 255 border (ignored)
+  SegmentationClassAug/NAME.png            the same ids, for the split train_aug (trainaug.txt)
   Annotations/NAME.xml
   ImageSets/Segmentation/{train,val}.txt   NAME a line
   ImageSets/Main/{train,val,test}.txt      NAME a line, for boxes and labels
@@ -55,7 +61,7 @@ CLASSES = (
     "train",
     "tvmonitor",
 )
-SPLITS = ("train", "val", "trainval", "test")
+SPLITS = ("train", "val", "trainval", "test", "train_aug")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -66,11 +72,14 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
         task: which target the samples carry.
         classes: names of the objects, in the order of their mask ids 1..K.
         stuff_classes: names of the mask ids after those, which have no boxes.
+        degenerate: what a box of one pixel or none does: `fail` stops and names it, `drop` leaves
+            it out.
     """
 
     task: Task = "segmentation"
     classes: tuple[str, ...] = CLASSES
     stuff_classes: tuple[str, ...] = ()
+    degenerate: Literal["fail", "drop"] = "fail"
 
 
 def describe(root: Path, settings: Settings) -> DatasetInfo:
@@ -109,7 +118,10 @@ def entries(root: Path, split: str, settings: Settings) -> list[_files.Entry]:
         stem = root / "JPEGImages" / name
         paths = (stem.with_name(stem.name + suffix) for suffix in IMAGE_SUFFIXES)
         image = _files.find_file(paths, f"image of '{name}'")
-        target = _files.find_file([root / folder / f"{name}.{suffix}"], f"{what} of {image.name}")
+        target = root / folder / f"{name}.{suffix}"
+        if is_segmentation and split == "train_aug" and not target.is_file():
+            target = root / "SegmentationClassAug" / f"{name}.{suffix}"
+        _files.find_file([target], f"{what} of {image.name}")
         found.append(_files.Entry(_files.sample_key(name), str(image), str(target)))
     _files.check_unique(found)
     return found
@@ -122,9 +134,9 @@ def read(entry: _files.Entry, info: DatasetInfo, settings: Settings) -> Sample:
         DataError: a file is damaged or contradicts another; the message names it.
     """
     if settings.task == "segmentation":
-        return _files.read_segmentation(entry, info)
+        return _masks.read_segmentation(entry, info)
     image, annotation = _files.read_image(Path(entry.image)), Path(entry.target)
-    boxes = _read_boxes(annotation, image.size, settings.classes)
+    boxes = _read_boxes(annotation, image.size, settings)
     if settings.task == "detection":
         return Sample(entry.key, image.data, image.format, entry.image, boxes=boxes)
     label = _largest(boxes, annotation)
@@ -132,8 +144,9 @@ def read(entry: _files.Entry, info: DatasetInfo, settings: Settings) -> Sample:
 
 
 def _list_file(root: Path, split: str, settings: Settings) -> Path:
-    folder = "Segmentation" if settings.task == "segmentation" else "Main"
-    return root / "ImageSets" / folder / f"{split}.txt"
+    folder = root / "ImageSets" / ("Segmentation" if settings.task == "segmentation" else "Main")
+    usual = folder / "trainaug.txt"
+    return usual if split == "train_aug" and usual.is_file() else folder / f"{split}.txt"
 
 
 def _largest(boxes: tuple[Box, ...], path: Path) -> int:
@@ -143,21 +156,20 @@ def _largest(boxes: tuple[Box, ...], path: Path) -> int:
     return max(boxes, key=lambda box: (box.x2 - box.x1) * (box.y2 - box.y1)).class_id
 
 
-def _read_boxes(path: Path, size: tuple[int, int], classes: tuple[str, ...]) -> tuple[Box, ...]:
+def _read_boxes(path: Path, size: tuple[int, int], settings: Settings) -> tuple[Box, ...]:
     """Read the objects of one annotation file.
 
     Args:
         path: an XML file.
         size: (width, height) of the image in pixels.
-        classes: names in the order of the class ids.
+        settings: names the classes, and says what happens to degenerate boxes.
     """
     try:
         objects = ElementTree.parse(path).getroot().findall("object")
     except (ElementTree.ParseError, OSError) as error:
         raise DataError(f"annotation {path}: not readable as XML ({error})") from error
-    return tuple(
-        _read_box(path, number, node, size, classes) for number, node in enumerate(objects)
-    )
+    boxes = (_read_box(path, number, node, size, settings) for number, node in enumerate(objects))
+    return tuple(box for box in boxes if box is not None)
 
 
 def _read_box(
@@ -165,25 +177,33 @@ def _read_box(
     number: int,
     node: ElementTree.Element,
     size: tuple[int, int],
-    classes: tuple[str, ...],
-) -> Box:
+    settings: Settings,
+) -> Box | None:
     where = f"annotation {path}: object {number}"
     name = (node.findtext("name") or "").strip()
-    if name not in classes:
-        raise DataError(f"{where}: {UnknownNameError('class', name, classes)}")
+    if name not in settings.classes:
+        raise DataError(f"{where}: {UnknownNameError('class', name, settings.classes)}")
     corners = [node.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
     try:
         xmin, ymin, xmax, ymax = (float(corner or "") for corner in corners)
     except ValueError as error:
         raise DataError(f"{where}: bndbox {corners} is not four numbers") from error
+    found = f"bndbox xmin {xmin:g} ymin {ymin:g} xmax {xmax:g} ymax {ymax:g}"
+    if xmin > xmax or ymin > ymax or (xmin == xmax and ymin == ymax):
+        if settings.degenerate == "drop":
+            return None
+        raise DataError(
+            f"{where}: {found} holds a pixel at most; mend it, or leave such boxes out with the"
+            " setting degenerate: drop"
+        )
     # Some labelling tools count from 0: one pixel beyond the border is cut off, more is an error.
     x1, y1 = max(xmin - 1, 0.0), max(ymin - 1, 0.0)
     x2, y2 = min(xmax, float(size[0])), min(ymax, float(size[1]))
     beyond = max(x1 - (xmin - 1), y1 - (ymin - 1), xmax - x2, ymax - y2)
     if not (beyond <= 1 and x1 < x2 and y1 < y2):
         raise DataError(
-            f"{where}: bndbox xmin {xmin:g} ymin {ymin:g} xmax {xmax:g} ymax {ymax:g} is not inside"
-            f" the image of {size[0]} x {size[1]} pixels (width x height)"
+            f"{where}: {found} is not inside the image of {size[0]} x {size[1]} pixels"
+            " (width x height)"
         )
     difficult = (node.findtext("difficult") or "0").strip() == "1"
-    return Box(classes.index(name), x1, y1, x2, y2, difficult=difficult)
+    return Box(settings.classes.index(name), x1, y1, x2, y2, difficult=difficult)
