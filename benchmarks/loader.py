@@ -1,7 +1,7 @@
 """Reading, decoding and augmenting images: our loader beside what others use, on the same images.
 
-Every loop gives tensors in this process or through worker processes of torch's DataLoader. Turns
-are interleaved, and each loop's best turn counts. Run by `xattn bench loader`.
+Every loop computes on one thread, but for those of our own threads. Turns are interleaved, and each
+loop's best turn counts. Run by `xattn bench loader`.
 """
 
 import importlib.util
@@ -23,17 +23,32 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from benchmarks import pil_recipes
-from xattn.data.datasets import _scenes, folder, load_reader
+from xattn.data.datasets import Entry, _scenes, folder, load_reader
 from xattn.data.index import ShardIndex, ShardReader
 from xattn.data.loader import build_eval_loader, build_train_loader, decode_image
 from xattn.data.shards import write_shards
 from xattn.data.stored import ShardSettings
 from xattn.data.transforms import ClassificationAugment, SegmentationAugment
+from xattn.malloc import keep_freed_memory
+from xattn.structures import DatasetInfo
 
 _SIZE = (500, 375)  # (width, height) px: ImageNet's usual
 _CLASSES = 4
 _BATCH = 16
-_EPOCHS_OF_WORKERS = 4  # so that their start does not count for much
+_EPOCHS_OF_THREADS = 4  # so that their start does not count for much
+_TINY_IMAGES = 50_000
+_TINY = DatasetInfo(
+    name="tiny",
+    tasks=("classification",),
+    class_names=("image",),
+    palette=((0, 0, 0),),
+    splits=("train",),
+    ignore_ids=(),
+    licence="none",
+    url="",
+    citation="",
+    layout="",
+)
 _AUGMENT = ClassificationAugment(size=224, scale=(0.08, 1.0), flip=0.5)
 
 Loop = Callable[[], int]
@@ -52,6 +67,7 @@ def measure(images: int, turns: int, camvid: Path | None) -> dict[str, Any]:
         Images a second of each loop's best turn, and the ratios that matter.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()  # as our trainings do; the peers gain from it too
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
         raw = _draw(Path(name) / "raw", images)
@@ -63,7 +79,7 @@ def measure(images: int, turns: int, camvid: Path | None) -> dict[str, Any]:
             **_segmentation_loops(segmentation),
         }
         rates = _best_rates(loops, turns)
-        resume_s = _resume_s(index, Path(name) / "mds", turns)
+        resume_s = _resume_s(Path(name), turns)
     return {
         "images": images,
         "turns": turns,
@@ -92,7 +108,7 @@ def _ratios(rates: dict[str, float]) -> dict[str, float]:
         "decode: ours / webdataset + PIL": ("decode ours", "decode webdataset"),
         "decode: ours / timm's WDS reader": ("decode ours", "decode timm"),
         "decode: ours / mosaicml-streaming": ("decode ours", "decode mosaicml-streaming"),
-        "decode: 2 workers / 1": ("decode ours, 2 workers", "decode ours, 1 worker"),
+        "decode: 2 threads / 1": ("decode ours, 2 threads ahead", "decode ours, 1 thread ahead"),
         "imagenet: ours / ImageFolder + PIL": ("imagenet ours", "imagenet torchvision"),
         "segmentation: ours / PIL + numpy": ("segmentation ours", "segmentation PIL + numpy"),
     }
@@ -164,7 +180,7 @@ def _decoding_loops(raw: Path, index: ShardIndex, place: Path) -> dict[str, Loop
         loader = build_eval_loader(index, "train", "classification", None, batch=1)
         return sum(len(batch.keys) for batch in loader)
 
-    def in_workers(workers: int) -> int:
+    def in_threads(threads: int) -> int:
         loader = build_train_loader(
             index,
             "train",
@@ -172,8 +188,8 @@ def _decoding_loops(raw: Path, index: ShardIndex, place: Path) -> dict[str, Loop
             None,
             seed=0,
             global_batch=_BATCH,
-            steps=_EPOCHS_OF_WORKERS * len(paths) // _BATCH,
-            num_workers=workers,
+            steps=_EPOCHS_OF_THREADS * len(paths) // _BATCH,
+            threads=threads,
         )
         return sum(len(batch.keys) for batch in loader)
 
@@ -193,8 +209,8 @@ def _decoding_loops(raw: Path, index: ShardIndex, place: Path) -> dict[str, Loop
     loops: dict[str, Loop] = {
         "decode bare torchvision": bare,
         "decode ours": ours,
-        "decode ours, 1 worker": partial(in_workers, 1),
-        "decode ours, 2 workers": partial(in_workers, 2),
+        "decode ours, 1 thread ahead": partial(in_threads, 1),
+        "decode ours, 2 threads ahead": partial(in_threads, 2),
         "decode webdataset": partial(_count, _webdataset(index)),
         "decode timm": partial(_count, _timm(index)),
         "read ours": read,
@@ -250,26 +266,37 @@ class _OnceOver:
 
 
 def _streaming(paths: list[Path], out: Path) -> Iterable[Any]:
-    """Write MosaicML's format (JPEG bytes kept) and read it back, decoded by PIL as it does."""
-    from streaming import MDSWriter, StreamingDataset  # noqa: PLC0415 (only where it is installed)
+    """Read MosaicML's format, decoded by PIL as it does."""
+    from streaming import StreamingDataset  # noqa: PLC0415 (only where it is installed)
+
+    _write_mds(paths, out)
+    return _Mapped(StreamingDataset(local=str(out), shuffle=False, batch_size=_BATCH))
+
+
+def _write_mds(paths: Iterable[Path], out: Path) -> None:
+    from streaming import MDSWriter  # noqa: PLC0415 (only where it is installed)
 
     with MDSWriter(out=str(out), columns={"image": "jpeg", "label": "int"}) as writer:
         for path in paths:
             with Image.open(path) as image:  # by its path: only then are the bytes kept
                 writer.write({"image": image, "label": 0})
-    return _Mapped(StreamingDataset(local=str(out), shuffle=False, batch_size=_BATCH))
 
 
-def _resume_s(index: ShardIndex, mds: Path, turns: int) -> dict[str, float]:
-    """Time from nothing to the first batch in the middle of an epoch, seconds; the best turn."""
-    half = index.splits["train"].count // 2 // _BATCH
+def _resume_s(place: Path, turns: int) -> dict[str, float]:
+    """Time from nothing to the first batch in the middle of an epoch of tiny images, best turn."""
+    tiny = place / "tiny.jpg"
+    Image.new("RGB", (8, 8)).save(tiny)
+    entries = [Entry(f"{number:06d}", str(tiny), 0) for number in range(_TINY_IMAGES)]
+    read = partial(_read_folder, _TINY, folder.Settings())
+    shards = write_shards(place / "tiny", _TINY, {"train": entries}, read).root
+    half = _TINY_IMAGES // 2 // _BATCH
 
     def ours() -> None:
         loader = build_train_loader(
-            ShardIndex.open(index.root),
+            ShardIndex.open(shards),
             "train",
             "classification",
-            _AUGMENT,
+            None,
             seed=0,
             global_batch=_BATCH,
             steps=1,
@@ -282,12 +309,14 @@ def _resume_s(index: ShardIndex, mds: Path, turns: int) -> dict[str, float]:
 
         dataset = StreamingDataset(local=str(mds), shuffle=True, batch_size=_BATCH)
         loader = StreamingDataLoader(dataset, batch_size=_BATCH, collate_fn=list)
-        state = loader.state_dict() or dataset.state_dict(half * _BATCH, from_beginning=True)
+        state = dataset.state_dict(half * _BATCH, from_beginning=True)
         loader.load_state_dict({**state, "sample_in_epoch": half * _BATCH})
         next(iter(loader))
 
     loops = {"ours": ours}
-    if mds.exists():
+    if importlib.util.find_spec("streaming"):
+        mds = place / "tiny-mds"
+        _write_mds([tiny] * _TINY_IMAGES, mds)
         loops["mosaicml-streaming"] = theirs
     return {
         name: round(min(_seconds(loop) for _ in range(turns)), 4) for name, loop in loops.items()

@@ -1,6 +1,6 @@
 import gc
 import io
-import multiprocessing
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.raw_files import write_samples
 from xattn.data.loader import build_eval_loader, build_train_loader
-from xattn.data.order import Order
+from xattn.data.mixing import ClassificationMix
+from xattn.data.order import Order, OrderSettings
 from xattn.data.transforms import (
     ClassificationAugment,
     ClassificationEval,
@@ -85,9 +86,9 @@ def test_batch_holds_what_it_promises(index):
     assert batch.sizes == ((8, 12),) * 12
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_first_two_thousand_ids_do_not_depend_on_ranks_and_workers(index, world, num_workers):
+def test_first_two_thousand_ids_do_not_depend_on_ranks_and_workers(index, world, threads):
     steps, batch = 34, 60
     loaders = [
         build_train_loader(
@@ -100,7 +101,7 @@ def test_first_two_thousand_ids_do_not_depend_on_ranks_and_workers(index, world,
             steps=steps,
             rank=rank,
             world=world,
-            num_workers=num_workers,
+            threads=threads,
         )
         for rank in range(world)
     ]
@@ -127,7 +128,7 @@ def test_sample_is_augmented_alike_in_every_worker_and_otherwise_in_every_epoch(
 
     state = torch.get_rng_state()
     first, second = images()
-    for parallel, alone in zip(images(num_workers=2), (first, second), strict=True):
+    for parallel, alone in zip(images(threads=2), (first, second), strict=True):
         assert parallel.keys() == alone.keys()
         assert all(torch.equal(parallel[key], alone[key]) for key in alone)
     assert torch.equal(torch.get_rng_state(), state)
@@ -196,8 +197,8 @@ def test_augmentation_is_that_of_the_samples_generator(index):
     assert torch.equal(batch.target[0], target.long())
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_damage_is_named_in_one_line_from_any_process(tmp_path, num_workers):
+@pytest.mark.parametrize("threads", [0, 2])
+def test_damage_is_named_in_one_line_from_any_thread(tmp_path, threads):
     index = write(tmp_path / "shards")
     offset, _, _ = index.records("train")[37]["image"].item()
     with (tmp_path / "shards" / "train-000003.tar").open("r+b") as file:
@@ -205,12 +206,12 @@ def test_damage_is_named_in_one_line_from_any_process(tmp_path, num_workers):
         file.write(b"?")
     expected = rf"shard train-000003\.tar, key s0037, offset {offset}"
     with pytest.raises(DamageError, match=expected) as caught:
-        list(train(index, num_workers=num_workers))
+        list(train(index, threads=threads))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_damaged_samples_may_be_skipped_but_are_told(tmp_path, num_workers):
+@pytest.mark.parametrize("threads", [0, 1])
+def test_damaged_samples_may_be_skipped_but_are_told(tmp_path, threads):
     index = write(tmp_path / "shards")
     whole = list(train(index))
     for position in (36, 37):
@@ -218,7 +219,7 @@ def test_damaged_samples_may_be_skipped_but_are_told(tmp_path, num_workers):
         with open(tmp_path / "shards/train-000003.tar", "r+b") as file:
             file.seek(offset)
             file.write(b"?")
-    skipped = list(train(index, num_workers=num_workers, skip_damaged=True))
+    skipped = list(train(index, threads=threads, skip_damaged=True))
     told = [problem for batch in skipped for problem in batch.damaged]
     for before, after in zip(whole, skipped, strict=True):
         expected = ["s0038" if key in ("s0036", "s0037") else key for key in before.keys]
@@ -241,13 +242,63 @@ def test_undecodable_image_is_named(tmp_path):
         list(loader)
 
 
-def test_abandoned_iteration_leaves_no_process(index):
-    batches = iter(train(index, num_workers=2))
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("xattn-loader")]
+
+
+def test_abandoned_iteration_leaves_no_thread(index):
+    batches = iter(train(index, threads=2))
     next(batches)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(loader_threads()) == 2
     del batches
     gc.collect()
-    assert multiprocessing.active_children() == []
+    assert loader_threads() == []
+
+
+def test_threads_leave_this_one_its_cores(index):
+    own = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        batches = iter(train(index, threads=2))
+        next(batches)
+        assert torch.get_num_threads() == 2
+        batches.close()
+    finally:
+        torch.set_num_threads(own)
+
+
+def test_mixing_and_repeats_do_not_depend_on_ranks(index):
+    """The rows of all ranks together are the batch of one, mixed targets and all."""
+
+    def batch(rank, world, threads):
+        loader = build_train_loader(
+            index,
+            "train",
+            "classification",
+            ClassificationAugment(size=8),
+            seed=5,
+            global_batch=60,
+            steps=1,
+            start_step=2,
+            rank=rank,
+            world=world,
+            threads=threads,
+            order=OrderSettings(partitions=6, repeats=3),
+            mix=ClassificationMix(),
+        )
+        return next(iter(loader))
+
+    whole = batch(0, 1, 0)
+    assert whole.target.shape == (60, 3)
+    assert torch.allclose(whole.target.sum(1), torch.ones(60))
+    assert len(set(whole.keys)) < 60, "copies"
+    parts = [batch(rank, 3, 2) for rank in range(3)]
+    first = 2 * 60 % 3
+    for rank, part in enumerate(parts):
+        rows = slice((rank - first) % 3, None, 3)
+        assert part.keys == whole.keys[rows]
+        assert torch.equal(part.images, whole.images[rows])
+        assert torch.equal(part.target, whole.target[rows])
 
 
 def test_wrong_settings_are_refused(tmp_path, index):

@@ -542,7 +542,7 @@ def test_training_on_remote_shards_is_bit_equal(
     )
     assert index.place == stored
     assert_same_batches(batches(index), expected)
-    assert_same_batches(batches(pickle.loads(pickle.dumps(index)), num_workers=2), expected)
+    assert_same_batches(batches(pickle.loads(pickle.dumps(index)), threads=2), expected)
     spans = [span for _, span in s3.requests("GET", ".tar")]
     if gigabytes == "1":
         assert spans == [None] * 5

@@ -15,6 +15,8 @@ from ruamel.yaml.error import YAMLError
 
 from xattn.cluster.settings import ClusterConfig
 from xattn.data.datasets import DatasetConfig
+from xattn.data.mixing import ClassificationMix
+from xattn.data.order import OrderSettings
 from xattn.data.transforms import (
     ClassificationAugment,
     ClassificationEval,
@@ -80,6 +82,7 @@ class _StageConfig(_Section):
 
     Args:
         train_split: the split to train on.
+        order: how it is shuffled.
         skip_damaged: samples, over all workers, that may turn out damaged while training: the next
             sound one takes the place of each, and their number stands among the curves. 0 stops at
             the first.
@@ -88,6 +91,7 @@ class _StageConfig(_Section):
     """
 
     train_split: str = "train"
+    order: OrderSettings = OrderSettings()
     skip_damaged: int = Field(default=0, ge=0)
     fit: FitConfig
     optim: OptimConfig
@@ -97,10 +101,13 @@ class PretrainConfig(_StageConfig):
     """The recipe that every pretraining run shares.
 
     Args:
+        augment: what happens to each image.
+        mix: what happens to a batch of them; its label smoothing takes the place of the loss's.
         loss: keyword arguments of the classifier's loss, e.g. label_smoothing.
     """
 
     augment: ClassificationAugment
+    mix: ClassificationMix | None = None
     loss: dict[str, Any] = {}
     validate_on: ValidateClassifier
 

@@ -28,6 +28,7 @@ from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.data.order import check_divides
 from xattn.errors import CheckpointError, ConfigError, DamageError, UnknownNameError
 from xattn.evaluate.inference import headline, metrics_of, score_classification, score_segmentation
+from xattn.malloc import keep_freed_memory
 from xattn.models.weights import WEIGHTS_SUFFIXES, load_weights, save_weights
 from xattn.models.zoo import create_recipe, list_models
 from xattn.places import run_dir, shards_dir
@@ -49,6 +50,7 @@ from xattn.train.engine import State, StepLog, fit
 from xattn.train.history import History
 from xattn.train.optim import build_optimizer
 
+_GPU_LOADER_THREADS = 6
 _log = logging.getLogger(__name__)
 
 Stage = Literal["pretrain", "finetune"]
@@ -80,7 +82,7 @@ class TrainJob:
         fingerprint: sha256 of all that can change the result.
         run_dir: where progress lies.
         device: "auto", "cpu" or "cuda".
-        loader_workers: decoding processes beside each worker.
+        loader_threads: decoding threads of each worker; None chooses by the device.
         tracked: where rank 0 logs, or None.
     """
 
@@ -94,7 +96,7 @@ class TrainJob:
     fingerprint: str
     run_dir: Path
     device: str
-    loader_workers: int
+    loader_threads: int | None
     tracked: TrackedRun | None = None
 
     @property
@@ -147,7 +149,7 @@ def plan_job(config: Config, stage: Stage, run: str, base: Path) -> tuple[TrainJ
         fingerprint=fingerprint,
         run_dir=run_dir(base, run, fingerprint).resolve(),
         device=config.cluster.device,
-        loader_workers=config.cluster.loader_workers,
+        loader_threads=config.cluster.loader_threads,
     )
     return job, covered
 
@@ -242,6 +244,8 @@ def work(job: TrainJob, post: Callable[[Progress], None]) -> None:
         post: takes the progress; called on rank 0.
     """
     ranks = join_ranks(job.device)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     index = ShardIndex.open(job.shards)
     recipe = build_recipe(job, index, ranks)
     state = _build_state(job, recipe, ranks)
@@ -256,9 +260,11 @@ def work(job: TrainJob, post: Callable[[Progress], None]) -> None:
         start_step=state.step,
         rank=ranks.rank,
         world=ranks.world,
-        num_workers=job.loader_workers,
+        threads=_loader_threads(job, ranks),
         pin_memory=ranks.device.type == "cuda",
+        order=job.recipe.order,
         skip_damaged=job.recipe.skip_damaged > 0,
+        mix=job.recipe.mix if isinstance(job.recipe, PretrainConfig) else None,
     )
     observer = _Observer(job, index, recipe, ranks, state.step, post)
     started = time.perf_counter()
@@ -418,10 +424,16 @@ def validate(job: TrainJob, index: ShardIndex, recipe: Recipe, ranks: Ranks) -> 
         batch=protocol.batch,
         rank=ranks.rank,
         world=ranks.world,
-        num_workers=job.loader_workers,
+        threads=_loader_threads(job, ranks),
     )
     score = score_segmentation if recipe.task == "segmentation" else score_classification
     return score(recipe, loader, index.info.num_classes, ranks.device, sum_over_ranks)
+
+
+def _loader_threads(job: TrainJob, ranks: Ranks) -> int:
+    if job.loader_threads is not None:
+        return job.loader_threads
+    return _GPU_LOADER_THREADS if ranks.device.type == "cuda" else 0
 
 
 def _publish(job: TrainJob, state: State, scores: dict[str, float], wall_s: float) -> None:

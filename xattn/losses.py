@@ -41,10 +41,12 @@ def classification_cross_entropy(
 
     Args:
         logits: (B, K).
-        target: (B,) ids 0..K-1; as many on every rank.
+        target: (B,) ids 0..K-1, or (B, K) shares of the classes, which are not smoothed again; as
+            many on every rank.
         label_smoothing: share of probability spread evenly over all classes, in [0, 1).
 
     Returns:
         "loss": a scalar.
     """
-    return {"loss": F.cross_entropy(logits, target, label_smoothing=label_smoothing)}
+    smoothing = label_smoothing if target.ndim == 1 else 0.0
+    return {"loss": F.cross_entropy(logits, target, label_smoothing=smoothing)}

@@ -27,6 +27,7 @@ from xattn.evaluate.inference import (
     score_segmentation,
 )
 from xattn.evaluate.segmentation import SegmentationScores
+from xattn.malloc import keep_freed_memory
 from xattn.predictor import Predictor, load_predictor
 from xattn.storage import read_json, refused_disk, write_atomic, write_json, write_text
 from xattn.structures import IGNORE_INDEX, Batch, Progress, identity_mean
@@ -59,6 +60,8 @@ def evaluate_model(
     is_segmentation = card["task"] == "segmentation"
     transform = config.segmentation if is_segmentation else config.classification
     predictor = load_predictor(model_dir, config.device, transform)
+    if predictor.device.type == "cpu":
+        keep_freed_memory()
     if list(index.info.class_names) != card["class_names"]:
         raise DataError(
             f"{shards}: its {index.info.num_classes} classes are not the {card['num_classes']} of "

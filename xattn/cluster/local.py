@@ -23,9 +23,6 @@ from xattn.storage import read_json, refused_disk, write_json
 
 _START_TIMEOUT_S = 120.0
 _POLL_S = 0.5
-# Training on the CPU takes and frees the same large tensors each step; with glibc's defaults every
-# one is mapped afresh, page fault by page fault (a step of SegFormer-B0: 13 % of its time).
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +127,7 @@ def _hold(state_path: Path, owner_pid: int) -> None:
     # Readable by nobody else, from the first moment on.
     with os.fdopen(os.open(token_path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
-    os.environ.update(ray_environment(str(token_path)) | _MALLOC)
+    os.environ.update(ray_environment(str(token_path)))
     import ray  # noqa: PLC0415 (reads the variables above when it is imported)
 
     context = ray.init(

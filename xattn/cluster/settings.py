@@ -15,7 +15,8 @@ class ClusterConfig(BaseModel):
         device: "auto" takes a GPU for each worker where there are enough.
         cpus_per_worker: cores that Ray keeps for each worker, and its number of torch threads.
         max_failures: how often a run is continued after a worker died.
-        loader_workers: decoding processes beside each worker; 0 decodes in the worker.
+        loader_threads: decoding threads of each worker; 0 decodes between the steps. By default 6
+            beside a GPU, and none where the training itself takes the cores.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,4 +26,4 @@ class ClusterConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_worker: int = Field(default=1, gt=0)
     max_failures: int = Field(default=2, ge=0)
-    loader_workers: int = Field(default=0, ge=0)
+    loader_threads: int | None = Field(default=None, ge=0)

@@ -1,20 +1,32 @@
-"""Index, order and transforms to batches: torch's DataLoader over random reads of the shards.
+"""Index, order and transforms to batches: random reads of the shards, ahead of the training.
 
-What a step takes is computed in the parent from `Order`; workers only read, decode and augment. A
-worker may get any sample without a difference to it, since all chance comes from (seed, epoch, id).
-Each worker computes on one thread (DataLoader sets that), so workers do not crowd the cores.
+What a step takes is computed from the order; threads only read, decode and augment. Any thread may
+make any batch without a difference to it, since all chance comes from (seed, visit, sample id).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from threading import Barrier, local
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from xattn.data.index import ShardIndex, ShardReader, decode_mask
-from xattn.data.order import Order, OrderSettings, check_divides, eval_positions
+from xattn.data.mixing import ClassificationMix
+from xattn.data.order import (
+    Order,
+    OrderSettings,
+    RepeatedOrder,
+    build_order,
+    check_divides,
+    eval_positions,
+    mixing_partners,
+)
 from xattn.data.transforms import (
     ClassificationAugment,
     ClassificationEval,
@@ -22,15 +34,23 @@ from xattn.data.transforms import (
     SegmentationEval,
     rng_for,
 )
-from xattn.errors import ConfigError, DataError, XattnError
+from xattn.errors import ConfigError, DataError
 from xattn.structures import IGNORE_INDEX, Batch, Task
 
 TrainTransform = SegmentationAugment | ClassificationAugment
 EvalTransform = SegmentationEval | ClassificationEval
 
-Ids = list[tuple[int, int]]
-"""(epoch, sample id) of the samples of one batch."""
-_Parts = tuple[Tensor, Tensor, list[str], list[tuple[int, int]], list[str]]
+_AHEAD = 2  # batches that each thread is ahead of the training
+
+
+@dataclass(frozen=True, slots=True)
+class _Ids:
+    """A batch's samples as (visit, sample id), its step, and who is mixed with whom."""
+
+    samples: list[tuple[int, int]]
+    step: int = 0
+    partners: list[int] | None = None
+
 
 _FIELDS: dict[Task, str] = {"segmentation": "mask", "classification": "label"}
 
@@ -47,10 +67,11 @@ def build_train_loader(
     start_step: int = 0,
     rank: int = 0,
     world: int = 1,
-    num_workers: int = 0,
+    threads: int = 0,
     pin_memory: bool = False,
     order: OrderSettings | None = None,
     skip_damaged: bool = False,
+    mix: ClassificationMix | None = None,
 ) -> "BatchLoader":
     """Return the batches of global steps start_step .. start_step + steps - 1 for one rank.
 
@@ -65,30 +86,28 @@ def build_train_loader(
         start_step: the first one; any costs the same to start from.
         rank: 0..world-1.
         world: number of ranks.
-        num_workers: processes that read and augment; 0 does it in this one.
+        threads: that read and augment ahead, each on one core; 0 does it as batches are asked for.
         pin_memory: copy batches to page-locked memory for a GPU.
         order: how to shuffle; the default settings if None.
         skip_damaged: put the next sound sample of the split in a damaged one's place and say so in
             `Batch.damaged`, instead of raising. Which one that is depends on the data alone.
+        mix: mixes the images of a classification batch and their labels, the same ones on any
+            number of ranks; the target is then (B, K) shares of the classes.
 
     Raises:
         ConfigError: task and recipe do not fit, or the ranks cannot share a batch evenly.
         DataError: the split is missing or empty, or not all its samples have what the task needs.
     """
     check_divides(global_batch, world)
+    if mix is not None and task != "classification":
+        raise ConfigError(f"mix: images are mixed for classification, not for {task}")
     summary = index.split(split)
     settings = order or OrderSettings()
-    sequence = Order(
-        [shard.num_samples for shard in summary.shards],
-        seed,
-        settings.partitions,
-        settings.block_shards,
-    )
-    samples = _Samples(index, split, task, augment, seed, skip_damaged)
-    batches = _TrainBatches(
-        sequence, range(start_step, start_step + steps), global_batch, rank, world
-    )
-    return BatchLoader(samples, batches, num_workers, pin_memory)
+    sequence = build_order([shard.num_samples for shard in summary.shards], seed, settings)
+    samples = _Samples(index, split, task, augment, seed, skip_damaged, mix)
+    steps_to_take = range(start_step, start_step + steps)
+    batches = _TrainBatches(sequence, steps_to_take, global_batch, rank, world, mix is not None)
+    return BatchLoader(samples, batches, threads, pin_memory)
 
 
 def build_eval_loader(
@@ -100,7 +119,7 @@ def build_eval_loader(
     batch: int,
     rank: int = 0,
     world: int = 1,
-    num_workers: int = 0,
+    threads: int = 0,
     pin_memory: bool = False,
 ) -> "BatchLoader":
     """Return every sample of the split that falls to this rank, each once and in order.
@@ -116,7 +135,7 @@ def build_eval_loader(
         batch: most samples in a batch.
         rank: 0..world-1.
         world: number of ranks.
-        num_workers: processes that read and decode; 0 does it in this one.
+        threads: that read and decode ahead; 0 does it as batches are asked for.
         pin_memory: copy batches to page-locked memory for a GPU.
 
     Raises:
@@ -130,62 +149,107 @@ def build_eval_loader(
     sizes = np.stack([rows["height"], rows["width"]], axis=1)[own.start :: own.step].tolist()
     if task == "classification" and transform is not None:
         sizes = [None] * len(sizes)
-    return BatchLoader(samples, _group_equal(own, sizes, batch), num_workers, pin_memory)
+    return BatchLoader(samples, _group_equal(own, sizes, batch), threads, pin_memory)
 
 
 class BatchLoader:
     """Iterates over `Batch`; each new iteration starts again from the first batch.
 
-    A fault of the data raises the same `DataError` or `DamageError`, with the same one line of
-    text, whether a worker met it or this process.
+    Threads, not processes: reading, decoding and augmenting run in C++ without Python's lock, and a
+    process would have to copy every batch through shared memory, which costs a third of its time.
     """
 
     def __init__(
-        self, samples: "_Samples", batches: "Sequence[Ids] | _TrainBatches", workers: int, pin: bool
+        self,
+        samples: "_Samples",
+        batches: "Sequence[_Ids] | _TrainBatches",
+        threads: int,
+        pin: bool,
     ) -> None:
-        self._num_batches = len(batches)
-        self._loader: DataLoader[Any] = DataLoader(
-            samples,
-            batch_size=None,
-            sampler=batches,
-            num_workers=workers,
-            pin_memory=pin,
-            collate_fn=_unchanged,
-            # DataLoader draws a number at each start: not from the generator that models use.
-            generator=torch.Generator(),
-        )
+        self._samples, self._batches, self._threads, self._pin = samples, batches, threads, pin
 
     def __len__(self) -> int:
-        return self._num_batches
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for parts in self._loader:
-            if isinstance(parts, XattnError):
-                raise parts
-            images, target, keys, sizes, damaged = parts
-            shapes = tuple((height, width) for height, width in sizes)
-            yield Batch(images, target, tuple(keys), shapes, tuple(damaged))
+        if self._threads == 0:
+            yield from map(self._make, self._batches)
+        else:
+            yield from _ahead(self._make, iter(self._batches), self._threads)
+
+    def _make(self, ids: "_Ids") -> Batch:
+        batch = self._samples.batch(ids)
+        if self._pin:
+            pinned = batch.images.pin_memory(), batch.target.pin_memory()
+            return replace(batch, images=pinned[0], target=pinned[1])
+        return batch
+
+
+def _ahead(
+    make: Callable[["_Ids"], Batch], items: Iterator["_Ids"], threads: int
+) -> Iterator[Batch]:
+    """Yield `make` of each item in their order, computed ahead by threads."""
+    with _single_threaded_pool(threads) as pool:
+        waiting = deque(pool.submit(make, item) for item in islice(items, _AHEAD * threads))
+        try:
+            while waiting:
+                batch = waiting.popleft().result()
+                waiting.extend(pool.submit(make, item) for item in islice(items, 1))
+                yield batch
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads compute on one core each; this thread keeps its own number."""
+    started = Barrier(threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)  # of this thread, and of those that start later
+        started.wait()
+
+    own = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "xattn-loader", start)
+    for _ in range(threads):
+        pool.submit(int)
+    started.wait()
+    torch.set_num_threads(own)
+    return pool
 
 
 class _TrainBatches:
     """The ids of each step, computed as the loader asks for them."""
 
     def __init__(
-        self, order: Order, steps: range, global_batch: int, rank: int, world: int
+        self,
+        order: Order | RepeatedOrder,
+        steps: range,
+        global_batch: int,
+        rank: int,
+        world: int,
+        mixes: bool,
     ) -> None:
         self._order, self._steps, self._global_batch = order, steps, global_batch
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._mixes = rank, world, mixes
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[Ids]:
+    def __iter__(self) -> Iterator["_Ids"]:
+        place = self._global_batch, self._rank, self._world
         for step in self._steps:
-            yield self._order.batch(step, self._global_batch, self._rank, self._world)
+            ids = self._order.batch(step, *place)
+            partners = (
+                mixing_partners(step, self._global_batch, self._order.partitions, *place[1:])
+                if self._mixes
+                else None
+            )
+            yield _Ids(ids, step, partners)
 
 
-class _Samples(Dataset[Any]):
-    """Maps the ids of a batch to its tensors, or to the fault that was met on the way."""
+class _Samples:
+    """Makes batches of a split; several threads may at once."""
 
     def __init__(
         self,
@@ -195,37 +259,51 @@ class _Samples(Dataset[Any]):
         transform: TrainTransform | EvalTransform | None,
         seed: int,
         skip_damaged: bool = False,
+        mix: ClassificationMix | None = None,
     ) -> None:
         _check_fit(index, split, task, transform)
-        self._reader = ShardReader(index, split)
+        index.records(split)  # what is damaged is said now, not by a thread
+        self._index, self._split, self._local = index, split, local()
         self._field, self._transform, self._seed = _FIELDS[task], transform, seed
+        self._mix = mix
         self._skip_damaged = skip_damaged
         self._targets = np.arange(256, dtype=np.uint8)
         self._targets[list(index.info.ignore_ids)] = IGNORE_INDEX
 
-    def __getitem__(self, ids: Ids) -> _Parts | XattnError:
+    @property
+    def _reader(self) -> ShardReader:
+        """This thread's reader: it keeps files open and may close them at any read."""
+        if not hasattr(self._local, "reader"):
+            self._local.reader = ShardReader(self._index, self._split)
+        reader: ShardReader = self._local.reader
+        return reader
+
+    def batch(self, ids: "_Ids") -> Batch:
+        """Read, decode, augment, collate and mix."""
         damaged: list[str] = []
-        try:
-            samples = [self._load_sound(epoch, position, damaged) for epoch, position in ids]
-        except XattnError as error:
-            # DataLoader would put the worker's traceback into the text: pass it as a value.
-            return error
+        samples = [self._load_sound(visit, position, damaged) for visit, position in ids.samples]
         images, targets, positions = zip(*samples, strict=True)
-        return (
-            _stack(images),
-            default_collate(list(targets)),
-            [self._reader.key(position) for position in positions],
-            [self._reader.size(position) for position in positions],
-            damaged,
+        pixels, target = _stack(images), torch.stack(targets)
+        if self._mix is not None and ids.partners is not None:
+            rng = rng_for(self._seed, ids.step)
+            pixels, target = self._mix(
+                pixels, target, self._index.info.num_classes, ids.partners, rng
+            )
+        return Batch(
+            pixels,
+            target,
+            tuple(self._reader.key(position) for position in positions),
+            tuple(self._reader.size(position) for position in positions),
+            tuple(damaged),
         )
 
     def _load_sound(
-        self, epoch: int, position: int, damaged: list[str]
+        self, visit: int, position: int, damaged: list[str]
     ) -> tuple[Tensor, Tensor, int]:
         """Load a sample, or the next sound one; adds what was wrong to `damaged`."""
         for place in range(position, position + len(self._reader)):
             try:
-                image, target = self._load(epoch, place % len(self._reader))
+                image, target = self._load(visit, place % len(self._reader))
             except DataError as error:
                 if not self._skip_damaged:
                     raise
@@ -234,7 +312,7 @@ class _Samples(Dataset[Any]):
                 return image, target, place % len(self._reader)
         raise DataError(f"no sample of the split is sound; the last: {damaged[-1]}")
 
-    def _load(self, epoch: int, position: int) -> tuple[Tensor, Tensor]:
+    def _load(self, visit: int, position: int) -> tuple[Tensor, Tensor]:
         fields = self._reader.read(position)
         try:
             image = decode_image(fields["image"])
@@ -245,17 +323,17 @@ class _Samples(Dataset[Any]):
         except (RuntimeError, OSError, ValueError) as error:
             place = self._reader.place(position)
             raise DataError(f"{place}: cannot be decoded: {error}") from error
-        image, target = self._apply(image, target, epoch, position)
+        image, target = self._apply(image, target, visit, position)
         return image, target.long()
 
     def _apply(
-        self, image: Tensor, target: Tensor, epoch: int, position: int
+        self, image: Tensor, target: Tensor, visit: int, position: int
     ) -> tuple[Tensor, Tensor]:
         match self._transform:
             case SegmentationAugment() as augment:
-                return augment(image, target, rng_for(self._seed, epoch, position))
+                return augment(image, target, rng_for(self._seed, visit, position))
             case ClassificationAugment() as augment:
-                return augment(image, rng_for(self._seed, epoch, position)), target
+                return augment(image, rng_for(self._seed, visit, position)), target
             case SegmentationEval() as prepare:
                 return prepare(image, target)
             case ClassificationEval() as prepare:
@@ -275,7 +353,7 @@ def _check_fit(
     summary, field = index.split(split), _FIELDS[task]
     if summary.fields[field] != summary.count:
         raise DataError(
-            f"{index.root}, split '{split}': {summary.fields[field]} of {summary.count} samples "
+            f"{index.place}, split '{split}': {summary.fields[field]} of {summary.count} samples "
             f"have a {field}, which {task} needs"
         )
 
@@ -296,26 +374,20 @@ def decode_image(data: bytes) -> Tensor:
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
     """Collate (3, H, W) images as they lie in memory; decoded ones have their channels last."""
-    if len(images) == 1 and get_worker_info() is None:
+    if len(images) == 1:
         return images[0][None]
     if images[0].stride(0) == 1:
-        stacked: Tensor = default_collate([image.permute(1, 2, 0) for image in images])
-        return stacked.permute(0, 3, 1, 2)
-    collated: Tensor = default_collate(list(images))
-    return collated
+        return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return torch.stack(list(images))
 
 
-def _group_equal(positions: Iterable[int], sizes: Iterable[Any], most: int) -> list[Ids]:
-    """Cut `positions` into runs of equal size, `most` long at most; evaluation has epoch 0."""
-    groups: list[Ids] = []
+def _group_equal(positions: Iterable[int], sizes: Iterable[Any], most: int) -> list[_Ids]:
+    """Cut `positions` into runs of equal size, `most` long at most; evaluation has visit 0."""
+    groups: list[_Ids] = []
     last = None
     for position, size in zip(positions, sizes, strict=True):
-        if not groups or size != last or len(groups[-1]) == most:
-            groups.append([])
-        groups[-1].append((0, position))
+        if not groups or size != last or len(groups[-1].samples) == most:
+            groups.append(_Ids([]))
+        groups[-1].samples.append((0, position))
         last = size
     return groups
-
-
-def _unchanged(parts: Any) -> Any:
-    return parts
