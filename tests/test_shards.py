@@ -3,6 +3,7 @@ import gc
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
 import resource
@@ -10,10 +11,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import warnings
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from PIL import Image
@@ -275,6 +278,34 @@ def test_kill_minus_nine_then_again(tmp_path, folder):
     read = Samples([make_sample(i) for i in range(10)])
     assert digests(write(tmp_path / "out", read=read).root) == digests(folder)
     assert read.opened == [f"img_{i:03d}" for i in range(4, 10)]
+
+
+def test_packing_processes_end_with_the_one_that_was_killed(tmp_path):
+    """kill -9 of the parent must not leave processes behind that write or wait for ever."""
+    script = (
+        "import time; from pathlib import Path\n"
+        "from tests.test_shards import Samples, make_sample, write\n"
+        "class Slow(Samples):\n"
+        "    def __call__(self, entry):\n"
+        "        time.sleep(0.3); return super().__call__(entry)\n"
+        "if __name__ == '__main__':\n"
+        f"    write(Path({str(tmp_path / 'out')!r}), jobs=2,"
+        " read=Slow([make_sample(i) for i in range(12)]))\n"
+    )
+    (tmp_path / "slow.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "slow.py"], env=environment)
+    deadline = time.monotonic() + 60
+    partial = tmp_path / "out/.partial"
+    while not (partial.exists() and any(partial.iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert len(family) >= 3, "the fork server and two that pack"
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
 
 
 def test_quarantine_sets_corrupt_samples_aside_and_has_a_limit(tmp_path):

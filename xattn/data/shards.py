@@ -15,6 +15,8 @@ import os
 import re
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from xattn.data.datasets import Entry, check_unique
 from xattn.data.index import (
@@ -51,6 +54,7 @@ from xattn.data.verify import verify
 from xattn.errors import CapacityError, DataError
 from xattn.remote import Bucket
 from xattn.storage import (
+    crc32_file,
     free_bytes,
     refused_disk,
     sha256_file,
@@ -369,7 +373,7 @@ def _pack_all(
     context.set_forkserver_preload(["xattn.data.pack", "webdataset"])  # once, not once a process
     packed, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(
-        min(jobs, len(plans)), context, initializer=_join_pool, initargs=(packed, stop)
+        min(jobs, len(plans)), context, initializer=_join_pool, initargs=(packed, stop, os.getpid())
     ) as pool:
         futures: set[Future[PackedShard]] = {
             pool.submit(_pack_in_pool, packing, plan) for plan in plans
@@ -420,9 +424,17 @@ class _Stopped(BaseException):
     """Another process met a fault; what is unfinished is given up."""
 
 
-def _join_pool(packed: Any, stop: Any) -> None:
+def _join_pool(packed: Any, stop: Any, parent: int) -> None:
     _POOL.packed, _POOL.stop = packed, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which says stop
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    """End this process when the one that it packs for was killed."""
+    while psutil.pid_exists(parent):
+        time.sleep(_POLL_S)
+    os._exit(1)
 
 
 def _pack_in_pool(packing: Packing, plan: ShardPlan) -> PackedShard:
@@ -505,6 +517,7 @@ def _split_entry(
             for shard in shards
         ],
         "records_sha256": sha256_file(file),
+        "records_crc32": crc32_file(file),
         "quarantined": sorted(key for shard in shards for key in shard.quarantined),
     }
 
