@@ -203,6 +203,7 @@ def verify(
     else:
         for finding in findings:
             key = f", key {finding.key}" if finding.key else ""
+            key += f", offset {finding.offset}" if finding.offset is not None else ""
             print(f"{finding.shard}{key}: {finding.problem}; {finding.fix}")
         sound = "sound" if deep else "sizes and index agree; --deep reads every byte"
         print(f"{path}: {len(findings)} faults" if findings else f"{path}: {sound}")

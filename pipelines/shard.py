@@ -35,7 +35,9 @@ def shard(name: str, base: Path, jobs: int | None = None, repair: bool = False) 
     dataset, out = config.datasets[name], shards_dir(base, name)
     if dataset.remote is None:
         return write_dataset(name, dataset, base, out, jobs, repair)
-    link_shards(write_dataset(name, dataset, base, dataset.remote, jobs, repair), out)
+    index = write_dataset(name, dataset, base, dataset.remote, jobs, repair)
+    with alone_in(out):
+        link_shards(index, out)
     return ShardIndex.open(out)
 
 
@@ -57,7 +59,7 @@ def write_dataset(
         jobs: processes that read and pack; by default one a core.
         repair: make only what is damaged anew.
     """
-    with alone_in(staging_of(out, base) if is_remote(out) else Path(out)):
+    with alone_in(staging_of(out, base) if is_remote(out) else Path(out).resolve()):
         return _write_alone(name, dataset, base, out, jobs, repair)
 
 

@@ -23,8 +23,9 @@ from PIL import Image
 
 from tests.conftest import PROJECT
 from tests.raw_files import Samples
+from xattn.data.datasets import Entry
 from xattn.data.index import ShardIndex, ShardReader, fingerprint_of
-from xattn.data.shards import repair_shards, write_shards
+from xattn.data.shards import plan_shards, repair_shards, write_shards
 from xattn.data.stored import ShardSettings
 from xattn.data.verify import verify
 from xattn.errors import CapacityError, DamageError, DataError
@@ -639,3 +640,63 @@ def test_five_hundred_flips_are_found_or_harmless(folder):
                     assert reader.read(position)["image"] == truth[position].image
         flip_byte(file, offset)
     assert verify(folder, deep=True) == []
+
+
+def test_keys_beyond_ascii_are_stored_and_read(tmp_path):
+    samples = [make_sample(0, key="\u00fcn\u00ef \u65e5\u672c"), make_sample(1)]
+    index = write(tmp_path / "out", samples=samples)
+    assert verify(tmp_path / "out", deep=True) == []
+    assert ShardReader(index, "train").read(0)["image"] == samples[0].image
+    with tarfile.open(tmp_path / "out/train-000000.tar") as tar:
+        assert tar.getnames()[0] == "\u00fcn\u00ef \u65e5\u672c.png"
+    odd = Samples([make_sample(0, source="raw/\udcff.jpg")])
+    with pytest.raises(DataError, match="the name is not UTF-8"):
+        write(tmp_path / "odd", read=odd)
+
+
+@pytest.mark.parametrize("text", ['{"schema": 1,', '{"schema": 3}', None])
+def test_a_broken_index_is_a_finding(folder, text):
+    before = digests(folder)
+    if text is None:
+        (folder / "index.json").unlink()
+    else:
+        (folder / "index.json").write_text(text)
+    (finding,) = verify(folder)
+    assert finding.shard == "index.json"
+    repair(folder)
+    assert digests(folder) == before
+    with pytest.raises(DataError, match="not a shard folder"):
+        verify(folder.parent)
+
+
+def test_a_folder_in_a_shards_place_is_a_finding(folder):
+    (folder / "train-000001.tar").unlink()
+    (folder / "train-000001.tar").mkdir()
+    (finding,) = verify(folder, deep=True)
+    assert (finding.shard, finding.problem) == ("train-000001.tar", "it is no regular file")
+
+
+def test_splits_may_go(tmp_path):
+    read = Samples([make_sample(i) for i in range(4)])
+    settings = ShardSettings(shuffle_seed=None)
+    both = {"train": read.entries[:3], "test": read.entries[3:]}
+    write_shards(tmp_path / "out", INFO, both, read, settings)
+    write_shards(tmp_path / "out", INFO, {"train": read.entries}, read, settings)
+    assert not list((tmp_path / "out").glob("test*"))
+    assert verify(tmp_path / "out", deep=True) == []
+
+
+def test_a_changed_part_of_a_mask_redoes_its_shard(tmp_path):
+    """Targets may be several files."""
+    part = tmp_path / "part.png"
+    part.write_bytes(b"old")
+    entry = Entry("a", str(tmp_path / "a.jpg"), ((str(part), 1)[0], 7))
+    read = Samples([make_sample(0)])
+
+    def plan():
+        return plan_shards(INFO, {"train": [entry]}, read, ShardSettings())[0].fingerprint
+
+    first = plan()
+    assert plan() == first
+    part.write_bytes(b"newer")
+    assert plan() != first

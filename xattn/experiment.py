@@ -263,7 +263,7 @@ def work(job: TrainJob, post: Callable[[Progress], None]) -> None:
         threads=_loader_threads(job, ranks),
         pin_memory=ranks.device.type == "cuda",
         order=job.recipe.order,
-        skip_damaged=job.recipe.skip_damaged > 0,
+        skip_damaged=job.recipe.skip_damaged,
         mix=job.recipe.mix if isinstance(job.recipe, PretrainConfig) else None,
     )
     observer = _Observer(job, index, recipe, ranks, state.step, post)

@@ -26,4 +26,4 @@ class ClusterConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpus_per_worker: int = Field(default=1, gt=0)
     max_failures: int = Field(default=2, ge=0)
-    loader_threads: int | None = Field(default=None, ge=0)
+    loader_threads: int | None = Field(default=None, ge=0, le=256)

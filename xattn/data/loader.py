@@ -34,7 +34,7 @@ from xattn.data.transforms import (
     SegmentationEval,
     rng_for,
 )
-from xattn.errors import ConfigError, DataError
+from xattn.errors import ConfigError, DamageError, DataError
 from xattn.structures import IGNORE_INDEX, Batch, Task
 
 TrainTransform = SegmentationAugment | ClassificationAugment
@@ -70,7 +70,7 @@ def build_train_loader(
     threads: int = 0,
     pin_memory: bool = False,
     order: OrderSettings | None = None,
-    skip_damaged: bool = False,
+    skip_damaged: int = 0,
     mix: ClassificationMix | None = None,
 ) -> "BatchLoader":
     """Return the batches of global steps start_step .. start_step + steps - 1 for one rank.
@@ -89,8 +89,9 @@ def build_train_loader(
         threads: that read and augment ahead, each on one core; 0 does it as batches are asked for.
         pin_memory: copy batches to page-locked memory for a GPU.
         order: how to shuffle; the default settings if None.
-        skip_damaged: put the next sound sample of the split in a damaged one's place and say so in
-            `Batch.damaged`, instead of raising. Which one that is depends on the data alone.
+        skip_damaged: that many damaged samples of a batch give their place to the next sound one
+            of the split, which `Batch.damaged` tells; the caller counts over batches. Which sample
+            that is depends on the data alone.
         mix: mixes the images of a classification batch and their labels, the same ones on any
             number of ranks; the target is then (B, K) shares of the classes.
 
@@ -211,10 +212,16 @@ def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
 
     own = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, "xattn-loader", start)
-    for _ in range(threads):
-        pool.submit(int)
-    started.wait()
-    torch.set_num_threads(own)
+    try:
+        for _ in range(threads):
+            pool.submit(int)
+        started.wait()
+    except BaseException:
+        started.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(own)
     return pool
 
 
@@ -258,7 +265,7 @@ class _Samples:
         task: Task,
         transform: TrainTransform | EvalTransform | None,
         seed: int,
-        skip_damaged: bool = False,
+        skip_damaged: int = 0,
         mix: ClassificationMix | None = None,
     ) -> None:
         _check_fit(index, split, task, transform)
@@ -304,8 +311,8 @@ class _Samples:
         for place in range(position, position + len(self._reader)):
             try:
                 image, target = self._load(visit, place % len(self._reader))
-            except DataError as error:
-                if not self._skip_damaged:
+            except DamageError as error:  # not a store that does not answer
+                if len(damaged) >= self._skip_damaged:
                     raise
                 damaged.append(str(error))
             else:
@@ -322,7 +329,7 @@ class _Samples:
                 target = torch.from_numpy(np.take(self._targets, decode_mask(fields["mask"])))
         except (RuntimeError, OSError, ValueError) as error:
             place = self._reader.place(position)
-            raise DataError(f"{place}: cannot be decoded: {error}") from error
+            raise DamageError(f"{place}: cannot be decoded: {error}") from error
         image, target = self._apply(image, target, visit, position)
         return image, target.long()
 

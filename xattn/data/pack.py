@@ -211,7 +211,10 @@ class _HashingFile:
 def _tar_writer(file: _HashingFile) -> Any:
     import webdataset  # noqa: PLC0415 (it imports torch)
 
-    return webdataset.TarWriter(file, mtime=0, encoder=False)
+    tar = webdataset.TarWriter(file, mtime=0, encoder=False)
+    # Its default, PAX, puts a second header before members whose names are not ASCII.
+    tar.tarstream.format, tar.tarstream.encoding = tarfile.USTAR_FORMAT, "utf-8"
+    return tar
 
 
 class _Counts:
@@ -291,7 +294,12 @@ def _write_members(
         # One member a call: the tar's own offset then says where it lies, in an order that is ours.
         offset = tar.tarstream.offset + TAR_BLOCK_BYTES
         tar.write({"__key__": key, suffix: members[suffix]})
+        assert tar.tarstream.offset == offset + _stored_bytes(members[suffix]), "one header each"
         yield offset, len(members[suffix]), zlib.crc32(members[suffix])
+
+
+def _stored_bytes(data: bytes) -> int:
+    return -(-len(data) // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
 
 
 def rows_of_tar(path: Path, number: int) -> npt.NDArray[np.void]:
@@ -333,7 +341,8 @@ def _check_key(sample: Sample) -> None:
     if not key or key.startswith("_") or set(key) & set("./\\\0"):
         raise _broken(sample, "a key must not be empty, start with '_' or hold . / \\ or NUL")
     if len(key.encode()) > KEY_BYTES:
-        raise _broken(sample, f"the key has {len(key.encode())} bytes, at most {KEY_BYTES} fit")
+        too_long = f"the key has {len(key.encode())} bytes, at most {KEY_BYTES} fit"
+        raise _broken(sample, f"{too_long}; give the file a shorter name")
 
 
 def _image_size(sample: Sample) -> tuple[int, int]:

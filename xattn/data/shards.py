@@ -9,6 +9,7 @@ that has one is whole.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 import psutil
 
 from xattn.data.datasets import Entry, check_unique
@@ -109,13 +111,13 @@ def write_shards(
     settings = settings or ShardSettings()
     target, folder = open_target(out), staging_of(out, Path.cwd())
     with refused_disk(folder):
-        _check_ours(target, splits)
+        _check_ours(target, folder, splits)
         folder.mkdir(parents=True, exist_ok=True)
     bucket = target.bucket if isinstance(target, BucketTarget) else None
     packing = Packing(info, read, settings.images, settings.quarantine, folder, bucket)
     for entries in splits.values():
         check_unique(entries)
-    plans = plan_shards(info, splits, settings)
+    plans = plan_shards(info, splits, read, settings)
     done = _resume(target.names(), folder, plans)
     todo = [plan for plan in plans if plan.name not in done]
     total = sum(len(plan.entries) for plan in plans)
@@ -146,6 +148,8 @@ def link_shards(index: ShardIndex, folder: Path) -> None:
     with refused_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INDEX_NAME).unlink(missing_ok=True)
+        for local in folder.glob("*.tar"):  # of a time before the shards were remote
+            local.unlink()
     bucket = Bucket(index.location)
     for split, summary in index.splits.items():
         name = records_name(split)
@@ -186,7 +190,7 @@ def repair_shards(
         return [INDEX_NAME]
     damaged = list(dict.fromkeys(finding.shard for finding in verify(out, deep=True)))
     listed = {shard.name: shard for split in index.splits.values() for shard in split.shards}
-    plans = {plan.name: plan for plan in plan_shards(info, splits, settings)}
+    plans = {plan.name: plan for plan in plan_shards(info, splits, read, settings)}
     todo = [plans[name] for name in damaged if name in plans and name in listed]
     target, folder = open_target(out), staging_of(out, Path.cwd())
     _check_same(target, "", set(plans) == set(listed), "the entries give other shards")
@@ -233,10 +237,19 @@ def _named(
 
 
 def plan_shards(
-    info: DatasetInfo, splits: Mapping[str, Sequence[Entry]], settings: ShardSettings
+    info: DatasetInfo,
+    splits: Mapping[str, Sequence[Entry]],
+    read: Callable[[Entry], Sample],
+    settings: ShardSettings,
 ) -> list[ShardPlan]:
-    """Decide which samples lie in which shard: a function of the entries and the settings."""
-    common = [dataclasses.asdict(info), settings.images.model_dump(), settings.quarantine > 0]
+    """Decide which samples lie in which shard: a function of the entries and the settings.
+
+    Only the fingerprints, by which an interrupted run is gone on with, depend on `read` and on the
+    raw files' times.
+    """
+    reader = repr(read.args) if isinstance(read, functools.partial) else ""
+    kept = settings.images.model_dump(), settings.quarantine > 0
+    common = [dataclasses.asdict(info), reader, *kept, SCHEMA, PIL.__version__]
     every = [entry for entries in splits.values() for entry in entries]
     size = settings.samples_per_shard or _samples_per_shard(every)
     plans = []
@@ -267,7 +280,8 @@ def _raw_bytes(entries: Sequence[Entry]) -> int:
 
 def _stamp(entry: Entry) -> tuple[list[tuple[int, int]], str]:
     """Return (bytes, time of change) of an entry's files, and its target as text."""
-    files = [entry.image, *([entry.target] if isinstance(entry.target, str) else [])]
+    target = entry.target if isinstance(entry.target, list | tuple) else [entry.target]
+    files = [entry.image, *(item for item in target if isinstance(item, str))]
     stamps = []
     for file in files:
         try:
@@ -278,9 +292,19 @@ def _stamp(entry: Entry) -> tuple[list[tuple[int, int]], str]:
     return stamps, repr(entry.target)
 
 
-def _check_ours(target: Target, splits: Mapping[str, Any]) -> None:
-    """Raise a DataError if the target holds a file that a run of ours did not leave there."""
-    names = "|".join(re.escape(name) for name in sorted(splits))
+def _check_ours(target: Target, folder: Path, splits: Iterable[str]) -> None:
+    """Raise a DataError if the target holds a file that a run of ours did not leave there.
+
+    Args:
+        target: where the shards go.
+        folder: where an interrupted run packed them.
+        splits: those of this run; others may have been written before.
+    """
+    packed = [record.name[: -len("-000000.tar.json")] for record in folder.glob("*.tar.json")]
+    known_splits = {*splits, *packed}
+    with contextlib.suppress(DataError):
+        known_splits |= ShardIndex.open(target.place).splits.keys()
+    names = "|".join(re.escape(name) for name in sorted(known_splits))
     known = (INDEX_NAME, QUARANTINE_NAME, LOCATION_NAME, ".partial")
     fixed = "|".join(re.escape(name) for name in known)
     ours = re.compile(

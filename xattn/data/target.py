@@ -14,7 +14,7 @@ class Target(Protocol):
     """For messages."""
 
     def names(self) -> dict[str, int]:
-        """Return the files there, with their sizes in bytes."""
+        """Return what is there, with its size in bytes; -1 for what is no file."""
 
     def publish(self, file: Path, name: str) -> None:
         """Move a local file there, whole or not at all."""
@@ -33,7 +33,10 @@ class LocalTarget:
         """See `Target`."""
         if not self.folder.exists():
             return {}
-        return {path.name: path.lstat().st_size for path in self.folder.iterdir()}
+        return {
+            path.name: path.stat().st_size if path.is_file() else -1
+            for path in self.folder.iterdir()
+        }
 
     def publish(self, file: Path, name: str) -> None:
         """See `Target`."""

@@ -6,6 +6,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from xattn.data.index import (
+    INDEX_NAME,
     SUFFIXES,
     TAR_BLOCK_BYTES,
     Shard,
@@ -22,14 +24,14 @@ from xattn.data.index import (
     records_name,
 )
 from xattn.data.target import open_target
-from xattn.errors import DamageError, DataError
+from xattn.errors import DataError
 from xattn.remote import Bucket
 from xattn.storage import sha256_file
 from xattn.structures import Box, DatasetInfo
 
-REPAIR = "`xattn shard NAME --repair` makes it anew from the raw files, `dvc pull` fetches it"
-RESHARD = "the raw files were like this: mend them, then `xattn shard NAME`"
-REMOVE = "remove it, as `xattn shard NAME --repair` does"
+REPAIR = "`xattn shard` with --repair makes it anew from the raw files, `dvc pull` fetches it"
+RESHARD = "the raw files were like this: mend them, then `xattn shard`"
+REMOVE = "remove it"
 
 _MAX_LOCATED = 10
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -73,13 +75,19 @@ def verify(
         differs, its damaged samples follow it, the first ten by name.
 
     Raises:
-        DataError: see `ShardIndex.open`.
+        DataError: this is no shard folder, or the store does not answer.
     """
-    index = ShardIndex.open(place)
+    try:
+        index = ShardIndex.open(place)
+    except DataError as error:
+        names = open_target(place).names()
+        if not any(name.endswith(".tar") or name == INDEX_NAME for name in names):
+            raise
+        return [Finding(INDEX_NAME, None, None, str(error), REPAIR)]
     sizes = open_target(index.place).names()
     findings: list[Finding] = []
     owners = {s.sha256: s.name for split in index.splits.values() for s in split.shards}
-    done, total = 0, len(owners)
+    done, total = 0, sum(len(split.shards) for split in index.splits.values())
     for name, split in index.splits.items():
         records, faults = _load_sound_records(index, name)
         findings += faults
@@ -146,22 +154,45 @@ def _check_shard(
     """Check one tar of `num_bytes` bytes, None if it is not there."""
     if num_bytes is None:
         return [Finding(shard.name, None, None, "the file is missing", REPAIR)]
+    if num_bytes < 0:
+        return [Finding(shard.name, None, None, "it is no regular file", REMOVE)]
     if num_bytes == 0:
         problem = f"the file is empty, expected {shard.num_bytes} bytes"
         return [Finding(shard.name, None, None, problem, REPAIR)]
-    if index.location is not None:
-        return _check_remote_shard(index.location, shard, num_bytes, rows, index.info, deep)
-    file = index.root / shard.name
+    if num_bytes == shard.num_bytes and not deep:
+        return []
+    with _local_copy(index, shard.name) as file:
+        return _check_bytes(file, num_bytes, shard, rows, owners, index.info)
+
+
+@contextmanager
+def _local_copy(index: ShardIndex, name: str) -> Iterator[Path]:
+    """Give the path of a tar; one in S3 is fetched for the time being, damaged or not."""
+    if index.location is None:
+        yield index.root / name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / name
+        copy.write_bytes(Bucket(index.location).read(name))
+        yield copy
+
+
+def _check_bytes(
+    file: Path,
+    num_bytes: int,
+    shard: Shard,
+    rows: npt.NDArray[np.void] | None,
+    owners: dict[str, str],
+    info: DatasetInfo,
+) -> list[Finding]:
     if num_bytes != shard.num_bytes:
         problem = f"the file has {num_bytes} bytes, expected {shard.num_bytes}"
-    elif deep and (actual := sha256_file(file)) != shard.sha256:
+    elif (actual := sha256_file(file)) != shard.sha256:
         problem = f"sha256 is {actual}, expected {shard.sha256}"
         if actual in owners:
             problem += f": it holds what belongs in {owners[actual]}"
     else:
-        if not deep or rows is None:
-            return []
-        return list(_check_samples(file, shard.name, rows, index.info))
+        return [] if rows is None else list(_check_samples(file, shard.name, rows, info))
     findings = [Finding(shard.name, None, None, problem, REPAIR)]
     if rows is not None:
         located = list(_locate_damage(file, shard.name, rows))
@@ -170,29 +201,6 @@ def _check_shard(
             problem = f"{len(located) - _MAX_LOCATED} more fields are damaged"
             findings.append(Finding(shard.name, None, None, problem, REPAIR))
     return findings
-
-
-def _check_remote_shard(
-    place: str,
-    shard: Shard,
-    num_bytes: int,
-    rows: npt.NDArray[np.void] | None,
-    info: DatasetInfo,
-    deep: bool,
-) -> list[Finding]:
-    """Check a tar in S3; it is fetched only to look inside."""
-    if num_bytes != shard.num_bytes:
-        problem = f"the object has {num_bytes} bytes, expected {shard.num_bytes}"
-        return [Finding(shard.name, None, None, problem, REPAIR)]
-    if not deep:
-        return []
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / shard.name
-        try:
-            Bucket(place).download(shard.name, copy, shard.sha256, shard.num_bytes)
-        except DamageError as error:
-            return [Finding(shard.name, None, None, str(error), REPAIR)]
-        return [] if rows is None else list(_check_samples(copy, shard.name, rows, info))
 
 
 def _locate_damage(file: Path, name: str, rows: npt.NDArray[np.void]) -> Iterator[Finding]:

@@ -97,7 +97,7 @@ class DatasetConfig(BaseModel, frozen=True, extra="forbid"):
     root: str | None = None
     settings: dict[str, Any] = {}
     shards: ShardSettings = ShardSettings()
-    remote: Annotated[str, Field(pattern=r"^s3://[^/]+(/.+)?$")] | None = None
+    remote: Annotated[str, Field(pattern=r"^s3://[A-Za-z0-9.-]+(/.+)?$")] | None = None
 
     @field_validator("reader")
     @classmethod

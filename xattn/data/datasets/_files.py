@@ -221,13 +221,17 @@ def sample_key(name: str) -> str:
 
 
 def check_unique(entries: Iterable[Entry]) -> None:
-    """Check that no two entries of a split share their key.
+    """Check that no two entries of a split share their key, and that each can be stored.
 
     Raises:
-        DataError: two do; the message names both files.
+        DataError: two do, or a file's name is not UTF-8; the message names the files.
     """
     seen: dict[str, str] = {}
     for entry in entries:
+        try:
+            f"{entry.key}{entry.image}".encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{entry.image!r}: the name is not UTF-8; rename the file") from None
         if entry.key in seen:
             raise DataError(
                 f"{seen[entry.key]} and {entry.image}: both have the key '{entry.key}'; rename one"

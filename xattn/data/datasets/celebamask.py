@@ -13,6 +13,7 @@ mode upstream's part files have: any will do.
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def entries(root: Path, split: str, settings: Settings) -> list[_files.Entry]:  
     bare = [folder / f"{n:05}_skin.png" for n, folder in folders.items() if n not in parts[folder]]
     _files.refuse_missing(bare, "masks")
     return [
-        _files.Entry(str(n), str(image), (str(folders[n]), tuple(parts[folders[n]][n])))
+        _files.Entry(str(n), str(image), _part_files(folders[n], n, parts[folders[n]][n]))
         for n, image in zip(numbers, images, strict=True)
     ]
 
@@ -111,10 +112,10 @@ def read(entry: _files.Entry, info: DatasetInfo, settings: Settings) -> Sample: 
         DataError: a file is damaged or does not fit its partner; the message names it.
     """
     image = _files.read_image(Path(entry.image))
-    folder, parts = entry.target
     merged = np.zeros((0, 0), np.uint8)
-    for part in sorted(parts, key=CLASS_NAMES.index):
-        path = Path(folder, f"{int(entry.key):05}_{part}.png")
+    for file in entry.target:
+        path = Path(file)
+        class_id = CLASS_NAMES.index(path.stem.partition("_")[2])
         seen = _masks.read_part(path)
         if not merged.size:
             merged = np.zeros(seen.shape, np.uint8)
@@ -125,10 +126,16 @@ def read(entry: _files.Entry, info: DatasetInfo, settings: Settings) -> Sample: 
                 f" of the other parts and the proportions of its image, {image.size[0]} x"
                 f" {image.size[1]}"
             )
-        merged[seen] = CLASS_NAMES.index(part)
+        merged[seen] = class_id
     enlarged = np.asarray(Image.fromarray(merged).resize(image.size, Image.Resampling.NEAREST))
-    mask = _masks.map_ids(enlarged, Path(folder), image.size, _TABLE)
+    mask = _masks.map_ids(enlarged, Path(entry.target[0]).parent, image.size, _TABLE)
     return Sample(entry.key, image.data, image.format, entry.image, mask)
+
+
+def _part_files(folder: Path, number: int, parts: Iterable[str]) -> tuple[str, ...]:
+    """Return the files of a mask's parts in the order in which they are painted."""
+    ordered = sorted(parts, key=CLASS_NAMES.index)
+    return tuple(str(folder / f"{number:05}_{part}.png") for part in ordered)
 
 
 def _numbers(path: Path, first: int, end: int) -> list[int]:
