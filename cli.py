@@ -312,6 +312,21 @@ def bench_loader(
         _print_table([(f"resume, {name}", f"{s} s") for name, s in result["resume_s"].items()])
 
 
+@bench_app.command("metrics")
+def bench_metrics(
+    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the boundary F of 19 classes at 1024x2048 with its definition, class by class."""
+    from benchmarks.metrics import measure
+
+    result = measure(turns)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_table([(key, str(value)) for key, value in result.items()])
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
