@@ -37,6 +37,13 @@ def put(params: dict[str, Any], dotted: str, value: Any) -> None:
         ("pretrain.augment.scale", [0.5, 1.5], r"scale\.1: expected less than or equal to 1"),
         ("pretrain.optim.betas", [0.9, 1.0], r"betas\.1: expected less than 1, found 1\.0"),
         ("evaluate.classification", {"size": 64, "resize": 32}, r"classification: resize is 32"),
+        ("evaluate.segmentation", {"rations": [1]}, r"segmentation\.rations: .*mean 'ratios'\?"),
+        (
+            "evaluate.segmentation",
+            {"window": {"crop": [8, 8], "stride": [9, 8]}},
+            r"window: stride is \[9, 8\], expected at most crop, \[8, 8\]",
+        ),
+        ("evaluate.boundary", {"thresholds": "ment"}, r"evaluate\.boundary\.thresholds"),
         ("runs", {"../up": {}}, r"runs"),
         ("datasets", {"a": "!!binary"}, r"datasets\.a"),
         ("pretrain_runs.segmenter", None, r"pretrain_runs\.segmenter"),

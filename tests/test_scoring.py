@@ -1,14 +1,26 @@
 """Scores: equal to a slow reference, and the same however a set was split."""
 
+import csv
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import small_params
+from xattn.config import EvaluateConfig
+from xattn.data.index import ShardIndex
+from xattn.errors import ConfigError
 from xattn.evaluate.inference import ClassificationScores, score_classification, score_segmentation
 from xattn.evaluate.segmentation import confusion_matrix, score
-from xattn.scoring import per_class_csv
+from xattn.models.weights import save_weights
+from xattn.models.zoo import create_recipe
+from xattn.predictor import load_predictor
+from xattn.scoring import evaluate_model, per_class_csv
+from xattn.storage import sha256_file, write_json
 from xattn.structures import IGNORE_INDEX, Batch, Recipe, identity_mean
 
 K = 4
@@ -116,3 +128,107 @@ def test_classifier_counts() -> None:
     assert scores.top1 == pytest.approx(2 / 3)
     assert scores.top5 == 1.0
     assert scores.confusion.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path, shards: Path) -> Path:
+    """Give the model folder of an untrained segmenter of the small scenes."""
+    info = ShardIndex.open(shards / "scenes").info
+    torch.manual_seed(0)
+    save_weights(create_recipe("segformer_b0", info).model, tmp_path / "model.safetensors")
+    card = {
+        "run": "segmenter",
+        "model": "segformer_b0",
+        "overrides": {},
+        "dataset": "scenes",
+        "task": "segmentation",
+        "num_classes": info.num_classes,
+        "class_names": list(info.class_names),
+        "palette": [list(colour) for colour in info.palette],
+        "transform": {},
+        "weights": "model.safetensors",
+        "weights_sha256": sha256_file(tmp_path / "model.safetensors"),
+    }
+    write_json(tmp_path / "model.json", card)
+    return tmp_path
+
+
+def evaluate(model_dir: Path, shards: Path, **changes: Any) -> dict[str, Any]:
+    settings = json.dumps({**small_params()["evaluate"], **changes})
+    config = EvaluateConfig.model_validate_json(settings, strict=True)
+    return evaluate_model(model_dir, shards / "scenes", config, model_dir / "out", lambda _: None)
+
+
+def test_the_plain_protocol_leaves_nothing_new(model_dir: Path, shards: Path) -> None:
+    metrics = evaluate(model_dir, shards)
+    names = "run dataset split images protocol mIoU pixel_accuracy mean_accuracy"
+    assert set(metrics) == {*names.split(), "images_per_s", "device"}
+    assert metrics["protocol"] == "whole image, single scale (multiple 32)"
+    header = (model_dir / "out" / "per_class.csv").read_text().splitlines()[0]
+    assert header == "class,id,iou,accuracy,pixels"
+
+
+def test_a_full_protocol_is_stated_and_measured(model_dir: Path, shards: Path) -> None:
+    names = ShardIndex.open(shards / "scenes").info.class_names
+    listed = model_dir / "small.txt"
+    listed.write_text(f"# area < 1024 px\n{names[1]}\n\n{names[0]} # a remark\n")
+    protocol = {
+        "ratios": [0.75, 1],
+        "flip": True,
+        "window": {"crop": [64, 64], "stride": [48, 48]},
+    }
+    boundary = {"thresholds": [0.02], "image_thresholds": [3]}
+    metrics = evaluate(
+        model_dir,
+        shards,
+        segmentation=protocol,
+        boundary=boundary,
+        crops=[[40, 60]],
+        small_classes=str(listed),
+    )
+    assert metrics["images"] == 7
+    assert metrics["protocol"] == (
+        "windows of 64 x 64 every 48 x 48 px, logits averaged, scales 0.75, 1 and mirrored, "
+        "probabilities averaged (multiple 32); boundary F within 0.02 of the scored part's "
+        "diagonal; image-wise boundary F within 3 px; distance crops 40 x 60, 50 px above the "
+        f"middle; small classes of {listed}"
+    )
+    with (model_dir / "out" / "per_class.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    f = [float(row["boundary_F_0.02"]) for row in rows]
+    assert metrics["boundary_F"] == pytest.approx(np.mean(f), abs=2e-6)
+    iou = [float(row["iou"]) for row in rows[:2] if row["iou"]]
+    assert metrics["mIoU_small"] == pytest.approx(np.mean(iou), abs=2e-6)
+    assert 0 <= metrics["boundary_F_40x60"] <= 1
+    assert 0 <= metrics["image_boundary_F"] <= 1
+
+
+def test_a_predictor_follows_the_protocol(model_dir: Path, shards: Path) -> None:
+    """What `predict` sees of a single image is what was scored."""
+    settings = {**small_params()["evaluate"], "segmentation": {"ratios": [0.75, 1], "flip": True}}
+    config = EvaluateConfig.model_validate_json(json.dumps(settings), strict=True)
+    predictor = load_predictor(model_dir, "cpu", config.segmentation)
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    plain = load_predictor(model_dir, "cpu")
+    assert predictor.predict(image).shape == plain.predict(image).shape == (50, 70)
+    # Sums in another order may tip a pixel that is on the edge.
+    assert (predictor.predict(image[:, ::-1])[:, ::-1] == predictor.predict(image)).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"evaluate\.small_classes: .*small\.txt: cannot be read"),
+        ("# nothing", "found no class, expected one a line"),
+        ("no such thing", r"evaluate\.small_classes: .*unknown class 'no such thing'"),
+    ],
+)
+def test_faults_of_a_class_list_are_named(
+    model_dir: Path, shards: Path, text: str | None, message: str
+) -> None:
+    listed = model_dir / "small.txt"
+    if text is not None:
+        listed.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        evaluate(model_dir, shards, small_classes=str(listed))
+    assert "\n" not in str(caught.value)

@@ -17,6 +17,7 @@ from xattn.cluster.settings import ClusterConfig
 from xattn.data.datasets import DatasetConfig
 from xattn.data.mixing import ClassificationMix
 from xattn.data.order import OrderSettings
+from xattn.data.pixels import Size
 from xattn.data.transforms import (
     ClassificationAugment,
     ClassificationEval,
@@ -24,7 +25,8 @@ from xattn.data.transforms import (
     SegmentationEval,
 )
 from xattn.errors import ConfigError, UnknownNameError, nearest
-from xattn.evaluate.inference import ProtocolConfig
+from xattn.evaluate.boundary import BoundaryConfig
+from xattn.evaluate.inference import ProtocolConfig, SegmentationProtocol
 from xattn.tracking import TrackingConfig
 from xattn.train.engine import FitConfig
 from xattn.train.optim import OptimConfig
@@ -140,12 +142,19 @@ class EvaluateConfig(ProtocolConfig):
     Args:
         segmentation: how images are shown to a segmentation model.
         classification: how they are shown to a classifier.
+        boundary: the boundary scores to take of a segmentation model; None for none.
+        crops: (height, width) of distance crops that are scored beside the whole image, px.
+        small_classes: a file with the name of a class a line (# begins a comment), over which
+            mIoU_small is the mean; relative to the project's folder.
         device: "auto", "cpu" or "cuda".
         pictures: how many images of the split are drawn in the report, evenly spread over it.
     """
 
-    segmentation: SegmentationEval
+    segmentation: SegmentationProtocol
     classification: ClassificationEval
+    boundary: BoundaryConfig | None = None
+    crops: tuple[Size, ...] = ()
+    small_classes: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     pictures: int = Field(default=6, ge=0)
 

@@ -12,9 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import Tensor
 
+from xattn.data.pixels import Size
 from xattn.data.transforms import ClassificationEval, SegmentationEval
 from xattn.errors import CheckpointError, DataError
+from xattn.evaluate.inference import PLAIN, SegmentationProtocol, segment
 from xattn.models.weights import load_weights
 from xattn.models.zoo import create_recipe
 from xattn.storage import read_json, sha256_file
@@ -66,16 +69,19 @@ class Predictor:
                 f"found {image.shape} of {image.dtype}"
             )
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).contiguous()
+        size = image.shape[0], image.shape[1]
         if isinstance(self.transform, SegmentationEval):
-            shown = self.transform.prepare(pixels)
-        else:
-            shown = self.transform(pixels)
-        outputs = self.recipe.model(shown[None].to(self.device))
-        decoded = self.recipe.decode(outputs, (image.shape[0], image.shape[1]))[0]
-        if self.recipe.task == "classification":
-            return np.asarray(decoded.softmax(dim=0).float().cpu().numpy())
-        ids = decoded.argmax(dim=0)
-        return np.asarray(ids.to(torch.uint8 if len(decoded) <= 256 else ids.dtype).cpu().numpy())
+            return self._segment(pixels, size, self.transform)
+        outputs = self.recipe.model(self.transform(pixels)[None].to(self.device))
+        logits: Tensor = self.recipe.decode(outputs, size)[0]
+        return np.asarray(logits.softmax(dim=0).float().cpu().numpy())
+
+    def _segment(self, pixels: Tensor, size: Size, transform: SegmentationEval) -> npt.NDArray[Any]:
+        protocol = transform if isinstance(transform, SegmentationProtocol) else PLAIN
+        shown = transform.prepare(pixels) if protocol.num_views == 1 else pixels
+        scores = segment(self.recipe, shown[None].to(self.device), size, protocol)[0]
+        ids = scores.argmax(dim=0)
+        return np.asarray(ids.to(torch.uint8 if len(scores) <= 256 else ids.dtype).cpu().numpy())
 
 
 def load_predictor(folder: Path, device: str, transform: Transform | None = None) -> Predictor:

@@ -5,7 +5,7 @@ import io
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from torch import Tensor
 from xattn.config import EvaluateConfig
 from xattn.data.index import ShardIndex, ShardReader
 from xattn.data.loader import build_eval_loader
-from xattn.errors import DataError
+from xattn.errors import ConfigError, DataError, UnknownNameError
 from xattn.evaluate.inference import (
     ClassificationScores,
     metrics_of,
     score_classification,
     score_segmentation,
 )
-from xattn.evaluate.segmentation import SegmentationScores
+from xattn.evaluate.segmentation import DISTANCE_CROP_UP_PX, SegmentationScores
 from xattn.malloc import keep_freed_memory
 from xattn.predictor import Predictor, load_predictor
 from xattn.storage import read_json, refused_disk, write_atomic, write_json, write_text
@@ -54,10 +54,12 @@ def evaluate_model(
 
     Raises:
         DataError: the shards have other classes than the model.
+        ConfigError: the list of small classes cannot be read, or names a class that is none.
     """
     index = ShardIndex.open(shards)
     card = read_json(model_dir / "model.json")
     is_segmentation = card["task"] == "segmentation"
+    small_ids = _small_class_ids(config.small_classes, index.info.class_names)
     transform = config.segmentation if is_segmentation else config.classification
     predictor = load_predictor(model_dir, config.device, transform)
     if predictor.device.type == "cpu":
@@ -80,20 +82,14 @@ def evaluate_model(
         pictures.keep(batch, prediction)
         watch.add(len(batch.keys))
 
-    loader = build_eval_loader(
-        index, config.split, predictor.recipe.task, transform, batch=config.batch
-    )
-    score = score_segmentation if is_segmentation else score_classification
-    scores = score(
-        predictor.recipe, loader, index.info.num_classes, predictor.device, identity_mean, on_batch
-    )
+    scores = _score(predictor, index, config, on_batch)
     metrics = {
         "run": card["run"],
         "dataset": card["dataset"],
         "split": config.split,
         "images": watch.done,
-        "protocol": _protocol(predictor),
-        **{name: round(value, 6) for name, value in metrics_of(scores).items()},
+        "protocol": _protocol(config, is_segmentation),
+        **{name: round(value, 6) for name, value in _metrics(scores, small_ids).items()},
         "images_per_s": round(watch.rate, 2),
         "device": _device_name(predictor.device),
     }
@@ -111,6 +107,9 @@ def per_class_csv(
     if isinstance(scores, SegmentationScores):
         header = ["class", "id", "iou", "accuracy", "pixels"]
         columns = [scores.iou.tolist(), scores.accuracy.tolist(), scores.pixels.tolist()]
+        for threshold, f in scores.boundary.f.items() if scores.boundary else ():
+            header.append(f"boundary_F_{threshold:g}")
+            columns.append(f.tolist())
     else:
         header = ["class", "id", "accuracy", "images"]
         images = scores.confusion.sum(dim=1)
@@ -184,10 +183,66 @@ class _Watch:
         return self.done / max(time.perf_counter() - self._started, 1e-9)
 
 
-def _protocol(predictor: Predictor) -> str:
-    settings = predictor.transform.model_dump(mode="json", exclude_none=True)
-    shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return f"whole image, single scale ({shown})"
+def _score(
+    predictor: Predictor,
+    index: ShardIndex,
+    config: EvaluateConfig,
+    on_batch: Callable[[Batch, Tensor], None],
+) -> SegmentationScores | ClassificationScores:
+    """Score a predictor on the configured split."""
+    recipe, num_classes = predictor.recipe, index.info.num_classes
+    protocol, is_segmentation = config.segmentation, recipe.task == "segmentation"
+    transform = protocol.of_loader if is_segmentation else config.classification
+    loader = build_eval_loader(index, config.split, recipe.task, transform, batch=config.batch)
+    common = recipe, loader, num_classes, predictor.device, identity_mean, on_batch
+    if not is_segmentation:
+        return score_classification(*common)
+    return score_segmentation(
+        *common, protocol=protocol, boundary=config.boundary, crops=config.crops
+    )
+
+
+def _metrics(
+    scores: SegmentationScores | ClassificationScores, small_ids: list[int]
+) -> dict[str, float]:
+    named = dict(metrics_of(scores))
+    if small_ids and isinstance(scores, SegmentationScores):
+        named["mIoU_small"] = float(scores.iou[small_ids].nanmean())
+    return named
+
+
+def _small_class_ids(path: str | None, class_names: Sequence[str]) -> list[int]:
+    """Return the ids of the classes that a class list file names."""
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"evaluate.small_classes: {path}: cannot be read ({error})") from None
+    names = [name for line in lines if (name := line.split("#")[0].strip())]
+    for name in names:
+        if name not in class_names:
+            near = UnknownNameError("class", name, class_names)
+            raise ConfigError(f"evaluate.small_classes: {path}: {near}")
+    if not names:
+        raise ConfigError(f"evaluate.small_classes: {path}: found no class, expected one a line")
+    return sorted({class_names.index(name) for name in names})
+
+
+def _protocol(config: EvaluateConfig, is_segmentation: bool) -> str:
+    if not is_segmentation:
+        settings = config.classification.model_dump(mode="json")
+        shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+        return f"whole image, single scale ({shown})"
+    parts = [config.segmentation.describe()]
+    if config.boundary is not None:
+        parts.append(config.boundary.describe())
+    if config.crops:
+        sizes = ", ".join(f"{height} x {width}" for height, width in config.crops)
+        parts.append(f"distance crops {sizes}, {DISTANCE_CROP_UP_PX} px above the middle")
+    if config.small_classes is not None:
+        parts.append(f"small classes of {config.small_classes}")
+    return "; ".join(parts)
 
 
 def _device_name(device: torch.device) -> str:

@@ -50,7 +50,7 @@ def normalise(image: Tensor) -> Tensor:
 
 def normalise_in_place(pixels: Tensor) -> Tensor:
     """Return `pixels` (3, H, W) float32 of values 0..255, overwritten with normalised ones."""
-    return pixels.sub_(_MEAN).div_(_STD)
+    return pixels.sub_(_MEAN.to(pixels.device)).div_(_STD.to(pixels.device))
 
 
 def to_float(image: Tensor) -> Tensor:

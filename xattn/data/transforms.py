@@ -135,16 +135,18 @@ class SegmentationEval(BaseModel):
         """Return the normalised image and the untouched mask."""
         return self.prepare(image), mask
 
-    def prepare(self, image: Tensor) -> Tensor:
-        """Return the resized, normalised image alone."""
-        return normalise(resize(image, self.output_size(size_of(image))))
+    def prepare(self, image: Tensor, ratio: float = 1.0) -> Tensor:
+        """Return the image alone, resized for a `ratio` and normalised."""
+        return normalise(resize(image, self.output_size(size_of(image), ratio)))
 
-    def output_size(self, size: Size) -> Size:
-        """Return the (height, width) that an image of `size` gets, px."""
+    def output_size(self, size: Size, ratio: float = 1.0) -> Size:
+        """Return the (height, width) that an image of `size` gets, px.
+
+        `ratio` multiplies `size`, or `base`, or else the image's own size, before any rounding.
+        """
         if self.size is not None:
-            return self.size
-        if self.base is not None:
-            size = _fit(size, self.base, 1.0)
+            return _fit(self.size, self.size, ratio)
+        size = _fit(size, size if self.base is None else self.base, ratio)
         height, width = (-(-side // self.multiple) * self.multiple for side in size)
         return height, width
 
