@@ -428,3 +428,15 @@ def test_each_run_colour_has_contrast_on_its_page():
     for on_white, on_black in figures.RUN_COLOURS:
         assert 1.05 / (luminance(on_white) + 0.05) >= 4.5
         assert (luminance(on_black) + 0.05) / (luminance(dark) + 0.05) >= 4.5
+
+
+def test_boundary_f_is_a_column_where_it_was_measured(tree, tmp_path):
+    def header():
+        place = page.write_report(tree, tmp_path / "out", "title")
+        return re.search(r"<thead>.*?</thead>", place.read_text(), flags=re.DOTALL).group()
+
+    assert "boundary F" not in header()
+    for run in ("plain", "hila_<s3>"):
+        edit_json(tree / "evaluate" / run / "metrics.json", "boundary_F", 0.7)
+    assert "boundary F<small>" in header()
+    assert tables.collect(tree).runs[1].evaluation.metrics["boundary_F"] == 0.7

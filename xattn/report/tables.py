@@ -39,6 +39,9 @@ METRICS = {
     "mIoU": "mIoU",
     "pixel_accuracy": "pixel accuracy",
     "mean_accuracy": "mean accuracy",
+    "mIoU_small": "mIoU, small classes",
+    "boundary_F": "boundary F",
+    "image_boundary_F": "image-wise boundary F",
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
 }
