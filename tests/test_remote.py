@@ -708,9 +708,12 @@ def test_damage_in_the_store_is_found_and_repaired(local, at_work, bucket, store
     bucket.write("train-000001.tar", bytes(first))
     bucket.delete("train-000003.tar")
     bucket.write("train-000009.tar", b"more")
-    found = {finding.shard: finding.problem for finding in verify(stored, deep=True)}
-    assert set(found) == {f"train-00000{i}.tar" for i in (1, 3, 9)}
-    assert "sha256" in found["train-000001.tar"]
+    findings = verify(stored, deep=True)
+    assert {finding.shard for finding in findings} == {f"train-00000{i}.tar" for i in (1, 3, 9)}
+    whole, part = findings[:2]
+    assert "sha256" in whole.problem
+    assert part.key == "s005"
+    assert part.offset is not None
     assert repair_shards(stored, *sharding())
     assert verify(stored, deep=True) == []
     assert bucket.read("train-000001.tar") == (local.root / "train-000001.tar").read_bytes()
