@@ -1,9 +1,10 @@
 import math
+import re
 
 import pytest
 import torch
 
-from xattn.models.hila import HilaMiT, exchange_steps
+from xattn.models.hila import ExchangeConfig, HilaMiT, exchange_steps
 from xattn.models.zoo import create_model
 from xattn.nn.interlevel import BottomUpAttention, TopDownAttention
 
@@ -153,6 +154,65 @@ def test_schedule_is_the_reference_codes(depth, stride, bottom_up, top_down):
     assert [index for index, step in enumerate(steps) if step[1]] == top_down
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_paired_schedule_differs_from_stride_3_on(stride):
+    assert exchange_steps(6, stride, "paired") == exchange_steps(6, stride)
+    steps = exchange_steps(6, 3, "paired")
+    assert [index for index, step in enumerate(steps) if step[0]] == [0, 3]
+    assert [index for index, step in enumerate(steps) if step[1]] == [2]
+
+
+def test_inner_scale_is_that_of_the_narrower_width():
+    for build, dims in ((BottomUpAttention, (5, 3)), (TopDownAttention, (3, 5))):
+        assert build(*dims, 4).scale == dims[0] ** -0.5
+        assert build(*dims, 4, scale="inner").scale == 3**-0.5
+
+
+@torch.no_grad()
+def test_without_top_down_the_low_map_is_the_stages_own():
+    model = create_model("hila_mit_b0_s3", num_classes=3, top_down=False).eval().backbone
+    assert not hasattr(model.exchanges["3"], "low_norm")
+    plain = create_model("mit_b0", num_classes=3).eval().backbone
+    plain.load_state_dict(model.state_dict(), strict=False)
+    batch = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ours, base = model(batch), plain(batch)
+    assert torch.equal(ours[0], base[0])
+    assert torch.equal(ours[1], base[1])
+    assert not torch.equal(ours[2], base[2])
+
+
+@torch.no_grad()
+def test_without_bottom_up_the_high_path_is_the_plain_one():
+    model = create_model("hila_mit_b0_s3", num_classes=3, bottom_up=False).eval().backbone
+    plain = create_model("mit_b0", num_classes=3).eval().backbone
+    plain.load_state_dict(model.state_dict(), strict=False)
+    batch = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    same = [torch.equal(*pair) for pair in zip(model(batch), plain(batch), strict=True)]
+    assert same == [True, False, True, True]
+
+
+def test_unshared_iterations_are_used_in_turn():
+    torch.manual_seed(0)
+    shared = create_model("hila_segformer_b2_s234", num_classes=2)
+    for share, parts in ((False, [2, 2, 2]), ("bu", [2, 1, 1])):
+        model = create_model("hila_segformer_b2_s234", num_classes=2, share=share)
+        exchange = model.backbone.exchanges["3"]
+        names = ("bottom_up", "top_down", "low_block")
+        found = [
+            len(part) if isinstance(part := getattr(exchange, name), torch.nn.ModuleList) else 1
+            for name in names
+        ]
+        assert found == parts
+    state = {  # with every copy set to the shared weights, the model is the shared one
+        key: shared.state_dict()[re.sub(r"(exchanges\.\d\.bottom_up)\.\d\.", r"\1.", key)]
+        for key in model.state_dict()
+    }
+    model.load_state_dict(state)
+    batch = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(batch), shared.eval()(batch))
+
+
 @torch.no_grad()
 def test_without_its_exchanges_hila_is_mit():
     model = create_model("hila_mit_b0_s3", num_classes=3, alpha=1.0, beta=0.0).eval()
@@ -186,7 +246,7 @@ def test_all_stages_strides_and_patches_run():
         sr_ratios=(8, 4, 2, 1),
         stages=(2, 3, 4),
         stride=(1, 3, 1),
-        patch=6,
+        exchange=ExchangeConfig(patch=6),
     ).eval()
     maps = model(torch.zeros(1, 3, 65, 97))
     assert [tuple(level.shape[1:]) for level in maps] == [

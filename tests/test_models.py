@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -36,7 +37,11 @@ def segformer():
     return create_model("segformer_b0", num_classes=5).eval()
 
 
-@pytest.mark.parametrize("name", list_models("segmentation"))
+# The larger sizes have the same code: one small size or two of each family run forward and back.
+QUICK = [name for name in list_models() if re.search(r"_b[01]", name)]
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK if "segformer" in name])
 @pytest.mark.parametrize(("height", "width"), [(72, 104), (65, 97)])
 def test_segmenter_shapes_at_odd_sizes(name, height, width):
     model = create_model(name, num_classes=5).eval()
@@ -47,16 +52,26 @@ def test_segmenter_shapes_at_odd_sizes(name, height, width):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", list_models("classification"))
+@pytest.mark.parametrize("name", [name for name in QUICK if "segformer" not in name])
 def test_classifier_shape(name):
     with torch.no_grad():
         logits = create_model(name, num_classes=7).eval()(images(2, 3, 65, 97))
     assert logits.shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_every_trainable_parameter_gets_a_finite_gradient(name):
-    model = create_model(name, num_classes=5, drop_path=0.0).train()
+UNUSUAL = [
+    ("hila_mit_b0_s3", {"share": False, "stages": (2, 3, 4)}),
+    ("hila_mit_b0_s3", {"bottom_up": False}),
+    ("hila_mit_b0_s3", {"top_down": False}),
+    ("hila_segformer_b0_s3", {"share": "bu", "stages": (2, 4)}),
+    ("hila_segformer_b0_s3", {"bottom_up": False}),
+    ("hila_segformer_b0_s3", {"top_down": False, "stride": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), [*((name, {}) for name in QUICK), *UNUSUAL])
+def test_every_trainable_parameter_gets_a_finite_gradient(name, overrides):
+    model = create_model(name, num_classes=5, drop_path=0.0, **overrides).train()
     model(images(2, 3, 64, 96)).square().mean().backward()
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -64,7 +79,7 @@ def test_every_trainable_parameter_gets_a_finite_gradient(name):
             assert parameter.grad.isfinite().all(), key
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", QUICK)
 def test_batch_of_two_is_two_of_one_and_eval_repeats(name):
     model = create_model(name, num_classes=5).eval()
     pair = images(2, 3, 72, 104)
@@ -206,20 +221,35 @@ def test_recipe_descends():
 
 
 def test_lists_filter_by_task_and_system():
-    assert list_models() == ["mit_b0", "hila_mit_b0_s3", "segformer_b0", "hila_segformer_b0_s3"]
-    assert list_models(task="segmentation", system="HILA") == ["hila_segformer_b0_s3"]
+    sizes, rows = ["b0", "b1", "b2", "b3", "b4", "b5"], ["b0_s3", "b1_s3", "b1_s234", "b2_s234"]
+    assert list_models(system="SegFormer") == [
+        *(f"mit_{size}" for size in sizes),
+        *(f"segformer_{size}" for size in sizes),
+    ]
+    assert list_models("segmentation", "HILA") == [f"hila_segformer_{row}" for row in rows]
+    assert list_models("classification", "HILA") == [f"hila_mit_{row}" for row in rows]
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("segformer_b9", {}, "unknown model 'segformer_b9'; did you mean 'segformer_b0'"),
+        ("segformer_b9", {}, "unknown model 'segformer_b9'; did you mean 'segformer_b"),
         ("segformer_b0", {"drop_pth": 0}, "drop_pth: .* did you mean 'drop_path'"),
         ("segformer_b0", {"stages": (3,)}, "stages: 'segformer_b0' has no such setting"),
         ("mit_b0", {"dropout": 0.1}, "dropout: 'mit_b0' has no such setting"),
         ("segformer_b0", {"drop_path": 1.0}, r"drop_path: found 1.0, expected a number in \[0, 1"),
         ("segformer_b0", {"dropout": "no"}, "dropout: found 'no'"),
         ("hila_segformer_b0_s3", {"patch": 3}, "patch: found 3, expected an even number"),
+        ("hila_segformer_b0_s3", {"share": "up"}, "share: found 'up', expected true, false or bu"),
+        ("hila_segformer_b0_s3", {"share": 1}, "share: found 1, expected true"),
+        ("hila_segformer_b0_s3", {"top_down": 0}, "top_down: found 0, expected true or false"),
+        ("hila_segformer_b0_s3", {"scale": "inne"}, r"overrides\.scale: .* did you mean 'inner'"),
+        ("hila_segformer_b0_s3", {"schedule": "codes"}, "schedule: .* did you mean 'code'"),
+        (
+            "hila_segformer_b0_s3",
+            {"top_down": False, "bottom_up": False},
+            "top_down: found False beside bottom_up False",
+        ),
         ("hila_segformer_b0_s3", {"stages": [1]}, r"stages: found \[1\]"),
         ("hila_segformer_b0_s3", {"stages": 3}, "stages: found 3, expected a list"),
         ("hila_segformer_b0_s3", {"stride": 2}, "no top-down update"),
@@ -254,6 +284,19 @@ def test_cards_carry_the_paper_numbers():
     assert model_card("mit_b0").params == 3_319_392 + 257_000
     with pytest.raises(UnknownNameError):
         model_card("segformer")
+
+
+def test_cards_say_what_the_authors_code_counts():
+    assert "counts 3,772,044, with 19,350 of" in model_card("segformer_b0").notes
+    notes = model_card("hila_segformer_b1_s234").notes
+    assert "counts 21,627,052, with 19,350 of" in notes
+    assert "and 96 of second position vectors" in notes
+
+
+def test_large_sizes_build_and_run():
+    model = create_model("hila_segformer_b2_s234", num_classes=3).eval()
+    with torch.no_grad():
+        assert model(images(1, 3, 64, 64)).shape == (1, 3, 16, 16)
 
 
 # ---- weights

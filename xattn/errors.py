@@ -72,3 +72,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name closest to `name`, or None when nothing is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def check_choice(key: str, value: str, known: Iterable[str]) -> str:
+    """Return `value` if it is one of `known`.
+
+    Raises:
+        ConfigError: it is not; the message opens with `key`.
+    """
+    known = list(known)
+    if value not in known:
+        raise ConfigError(f"{key}: {UnknownNameError('value', value, known)}")
+    return value

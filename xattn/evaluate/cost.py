@@ -5,7 +5,8 @@ each element of a LayerNorm or BatchNorm, 1 for each element of a ReLU. Interpol
 and residual sums count nothing. A module that computes its result another way than the paper writes
 it down (attention by a fused kernel, the SegFormer head before upsampling, HILA's projections
 before gathering) has a method `count_macs(*inputs) -> int` that states the paper's number; its
-children are then not counted. The counts compare models with papers; they are not what our kernels
+children are then not counted. A module whose paper charges for more than is called has a method
+`surplus_macs(*inputs) -> int`. The counts compare models with papers; they are not what our kernels
 execute.
 """
 
@@ -28,29 +29,42 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+def count_macs(
+    model: nn.Module, input_size: tuple[int, int, int], *, as_printed: bool = True
+) -> int:
     """Return the multiply-adds of one image's forward pass, leaving out nearly all the computing.
 
     Args:
         model: takes (1, C, H, W) images; a twin of it runs instead.
         input_size: (C, H, W) of the image.
+        as_printed: whether to add what papers charge for calls that are not made: HILA's counter
+            charges attention at every block, also where a stride skips it.
     """
-    twin = copy.deepcopy(model).cpu().eval()
+    shared = {id(weight): weight for weight in model.parameters() if weight.is_cpu}
+    twin = copy.deepcopy(model, shared).cpu().eval()
     macs: list[int] = []
-    _watch(twin, macs)
-    with torch.no_grad(), _ShapesOnly():
+    _watch(twin, macs, as_printed)
+    with torch.no_grad(), ShapesOnly():
         twin(torch.zeros(1, *input_size))
     return sum(macs)
 
 
-def _watch(module: nn.Module, macs: list[int]) -> None:
+def _watch(module: nn.Module, macs: list[int], as_printed: bool) -> None:
     """Have `module`, or else its children, append its count to `macs` at every call."""
     rule = _rule(module)
     if rule is not None:
         module.register_forward_hook(partial(_append, macs, rule))
         return
+    surplus = getattr(module, "surplus_macs", None)
+    if surplus is not None and as_printed:
+        rule = partial(_surplus, surplus)
+        module.register_forward_hook(partial(_append, macs, rule))
     for child in module.children():
-        _watch(child, macs)
+        _watch(child, macs, as_printed)
+
+
+def _surplus(count: Callable[..., int], inputs: tuple[Tensor, ...], _output: Tensor) -> int:
+    return count(*inputs)
 
 
 def _append(
@@ -114,8 +128,16 @@ _SHAPES: dict[Callable[..., Any], Callable[..., Sequence[int]]] = {
 """The costly functions, with what finds the shape of their result from their arguments."""
 
 
-class _ShapesOnly(TorchFunctionMode):
+_DRAWS = frozenset(
+    {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_}
+)
+"""What fills new weights with random numbers, most of the time of building a model."""
+
+
+class ShapesOnly(TorchFunctionMode):
     """Answer the costly functions with zeros of the right shape, which take no memory.
+
+    A model that is built inside has arbitrary weights; only its shapes mean something.
 
     The meta device would be simpler, but there torch imports its compiler, which takes longer (5 s)
     than everything else that `xattn models` does.
@@ -129,6 +151,8 @@ class _ShapesOnly(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _DRAWS:
+            return kwargs.get("tensor", args[0] if args else None)
         if func in _SHAPES:
             return args[0].new_zeros(()).expand(*_SHAPES[func](*args, **kwargs))
         return func(*args, **kwargs)

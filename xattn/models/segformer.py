@@ -38,6 +38,11 @@ class SegFormerHead(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, 1)
         nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out", nonlinearity="relu")
 
+    @property
+    def idle_params(self) -> int:
+        """Parameters of the unused 128-channel convolution that the authors' counts include."""
+        return 129 * self.classifier.out_channels
+
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Map levels (B, C_l, H_l, W_l), finest first, to (B, num_classes, H_1, W_1) logits."""
         size = maps[0].shape[-2:]

@@ -1,24 +1,25 @@
 """Every published variant with its numbers, by name.
 
-Reading the two tables is reading the papers: `_MIT` is table 6 of SegFormer (Xie et al. 2021), and
-`_VARIANTS` holds what each named model adds to one of its rows, with what its paper reports of it.
+Reading the tables is reading the papers: `_MIT` is table 6 of SegFormer (Xie et al. 2021), `_HILA`
+what HILA (Leung et al. 2022) adds to its rows, with what that paper reports of both.
 """
 
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xattn.errors import ConfigError, UnknownNameError, nearest
-from xattn.evaluate.cost import count_macs, count_params
+from xattn.errors import ConfigError, UnknownNameError, check_choice, nearest
+from xattn.evaluate.cost import ShapesOnly, count_macs, count_params
 from xattn.losses import classification_cross_entropy, segmentation_cross_entropy
-from xattn.models.hila import HilaMiT, LevelExchange
+from xattn.models.hila import ExchangeConfig, HilaMiT, LevelExchange
 from xattn.models.mit import MiT, MiTClassifier
 from xattn.models.segformer import SegFormerHead, Segmenter
+from xattn.nn.interlevel import BottomUpAttention, TopDownAttention
 from xattn.structures import DatasetInfo, MeanOverRanks, ModelCard, Recipe, Task
 
 
@@ -41,13 +42,42 @@ _MIT = {
     "b3": _MiTNumbers(dims=_WIDE, depths=(3, 4, 18, 3)),
     "b4": _MiTNumbers(dims=_WIDE, depths=(3, 8, 27, 3)),
     "b5": _MiTNumbers(dims=_WIDE, depths=(3, 6, 40, 3)),
+    "b2_short": _MiTNumbers(dims=_WIDE, depths=(2, 2, 6, 2)),  # HILA's "B2", its table 5
 }
 
-_HILA = {"stages": (3,), "stride": 1, "patch": 4, "alpha": 0.5, "beta": 0.5, "ffn_ratio": 4}
-_ONE_POSITION_VECTOR = (
-    "one position vector for each inter-level attention; the authors' code adds up two, "
-    "which counts 16 parameters more for each"
-)
+_HEAD_WIDTH = {"b0": 256, "b1": 256}
+"""Channels of the SegFormer head, Xie et al. 2021, section 4.1; 768 from B2 on."""
+
+_PRINTED = {"b0": (3.7e6, 8.4e9), "b1": (13.7e6, 15.9e9), "b2": (27.4e6, 62.4e9)}
+"""SegFormer's parameters and multiply-adds (150 classes, 512 x 512) in HILA's table 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class _HilaNumbers:
+    """One row of HILA's tables 5 and 1: backbone, exchanging stages, strides; what was printed."""
+
+    mit: str
+    stages: tuple[int, ...]
+    stride: int | tuple[int, ...]
+    params: float
+    macs: float
+    note: str = ""
+
+
+_HILA = {
+    "b0_s3": _HilaNumbers("b0", (3,), 1, 4.2e6, 9.8e9),
+    "b1_s3": _HilaNumbers(
+        "b1", (3,), 1, 16.3e6, 20.9e9, "the paper's count is that of share='bu' (16,336,310)"
+    ),
+    "b1_s234": _HilaNumbers("b1", (2, 3, 4), 1, 21.6e6, 31.4e9),
+    "b2_s234": _HilaNumbers(
+        "b2_short", (2, 3, 4), (1, 3, 1), 30.8e6, 76.5e9,
+        "depths 2, 2, 6, 2; the paper's parameters are those of 19 classes; its multiply-adds, and "
+        "ours here, charge attention at every block of stage 3, where only every third exchanges",
+    ),
+}  # fmt: skip
+_EXCHANGE = asdict(ExchangeConfig())
+_UNREAD_NORM = "the norm of the refined low map is frozen, since no gradient reaches it here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,51 +109,46 @@ class _Variant:
     notes: str = ""
 
 
+def _plain(mit: str, task: Task) -> _Variant:
+    """Return SegFormer's variant of a size, or its backbone as a classifier."""
+    classifies = task == "classification"
+    params, macs = (None, None) if classifies else _PRINTED.get(mit, (None, None))
+    return _Variant(
+        system="SegFormer",
+        task=task,
+        mit=mit,
+        defaults={"drop_path": 0.1} if classifies else {"drop_path": 0.1, "dropout": 0.1},
+        paper_params=params,
+        paper_macs=macs,
+        source="Xie et al. 2021, table 6" if params is None else "Leung et al. 2022, table 1",
+        head_width=0 if classifies else _HEAD_WIDTH.get(mit, 768),
+    )
+
+
+def _with_hila(row: _HilaNumbers, task: Task) -> _Variant:
+    """Return the same with HILA."""
+    plain = _plain(row.mit, task)
+    classifies = task == "classification"
+    exchange = {"stages": row.stages, "stride": row.stride, **_EXCHANGE}
+    return replace(
+        plain,
+        system="HILA",
+        defaults={**plain.defaults, **exchange},
+        paper_params=None if classifies else row.params,
+        paper_macs=None if classifies else row.macs,
+        source=f"Leung et al. 2022, table {5 if classifies else 1}",
+        hila=True,
+        head_width=0 if classifies else _HEAD_WIDTH.get(row.mit, 768),
+        notes="; ".join(filter(None, (row.note, _UNREAD_NORM if classifies else ""))),
+    )
+
+
+_SIZES = ("b0", "b1", "b2", "b3", "b4", "b5")
 _VARIANTS = {
-    "mit_b0": _Variant(
-        system="SegFormer",
-        task="classification",
-        mit="b0",
-        defaults={"drop_path": 0.1},
-        paper_params=None,
-        paper_macs=None,
-        source="Xie et al. 2021, table 6",
-    ),
-    "hila_mit_b0_s3": _Variant(
-        system="HILA",
-        task="classification",
-        mit="b0",
-        hila=True,
-        defaults={"drop_path": 0.1, **_HILA},
-        paper_params=None,
-        paper_macs=None,
-        source="Leung et al. 2022, table 5",
-        notes=f"{_ONE_POSITION_VECTOR}; the norm of the refined low map is frozen, since no "
-        "gradient reaches it here",
-    ),
-    "segformer_b0": _Variant(
-        system="SegFormer",
-        task="segmentation",
-        mit="b0",
-        head_width=256,
-        defaults={"drop_path": 0.1, "dropout": 0.1},
-        paper_params=3.7e6,
-        paper_macs=8.4e9,
-        source="Leung et al. 2022, table 1",
-        notes="without the unused convolution of the authors' head (19,350 parameters)",
-    ),
-    "hila_segformer_b0_s3": _Variant(
-        system="HILA",
-        task="segmentation",
-        mit="b0",
-        head_width=256,
-        hila=True,
-        defaults={"drop_path": 0.1, "dropout": 0.1, **_HILA},
-        paper_params=4.2e6,
-        paper_macs=9.8e9,
-        source="Leung et al. 2022, table 1",
-        notes=_ONE_POSITION_VECTOR,
-    ),
+    **{f"mit_{size}": _plain(size, "classification") for size in _SIZES},
+    **{f"hila_mit_{name}": _with_hila(row, "classification") for name, row in _HILA.items()},
+    **{f"segformer_{size}": _plain(size, "segmentation") for size in _SIZES},
+    **{f"hila_segformer_{name}": _with_hila(row, "segmentation") for name, row in _HILA.items()},
 }
 
 _PAPER_CLASSES: dict[Task, int] = {"classification": 1000, "segmentation": 150}
@@ -155,7 +180,7 @@ def create_model(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
         name: one of `list_models()`.
         num_classes: foreground classes.
         **overrides: numbers that differ from the published ones: drop_path; dropout for
-            segmenters; stages, stride, patch, alpha, beta, ffn_ratio for HILA.
+            segmenters; stages, stride and the fields of `hila.ExchangeConfig` for HILA.
 
     Raises:
         UnknownNameError: there is no model `name`.
@@ -198,9 +223,7 @@ def create_recipe(
     if variant.task == "classification":
         loss_function: Any = functools.partial(_classification_loss, **loss_numbers)
         return Recipe(model, loss_function, _decode_classification, variant.task)
-    if loss_numbers["normalise"] not in ("all", "valid"):
-        unknown = UnknownNameError("value", loss_numbers["normalise"], ("all", "valid"))
-        raise ConfigError(f"loss.normalise: {unknown}")
+    check_choice("loss.normalise", loss_numbers["normalise"], ("all", "valid"))
     loss_function = functools.partial(_segmentation_loss, **loss_numbers)
     return Recipe(model, loss_function, _decode_segmentation, variant.task)
 
@@ -214,7 +237,9 @@ def model_card(name: str) -> ModelCard:
     """
     variant = _variant(name)
     num_classes, input_size = _PAPER_CLASSES[variant.task], _PAPER_INPUT[variant.task]
-    model = _build(variant, num_classes, dict(variant.defaults))
+    with ShapesOnly():
+        model = _build(variant, num_classes, dict(variant.defaults))
+    notes = [variant.notes, _beside_authors(model)]
     return ModelCard(
         name=name,
         system=variant.system,
@@ -226,8 +251,26 @@ def model_card(name: str) -> ModelCard:
         paper_params=variant.paper_params,
         paper_macs=variant.paper_macs,
         source=variant.source,
-        notes=variant.notes,
+        notes="; ".join(filter(None, notes)),
     )
+
+
+def _beside_authors(model: nn.Module) -> str:
+    """Return what the authors' code counts for the model, and why; nothing if it is the same."""
+    vectors = sum(
+        module.position_bias.numel()
+        for module in model.modules()
+        if isinstance(module, BottomUpAttention | TopDownAttention)
+    )
+    head = getattr(model, "head", None)
+    idle = head.idle_params if isinstance(head, SegFormerHead) else 0
+    reasons = []
+    if idle:
+        reasons.append(f"{idle:,} of a convolution that it never uses")
+    if vectors:
+        reasons.append(f"{vectors} of second position vectors, which only add to the first")
+    total = sum(parameter.numel() for parameter in model.parameters()) + idle + vectors
+    return f"the authors' code counts {total:,}, with {' and '.join(reasons)}" if reasons else ""
 
 
 def _variant(name: str) -> _Variant:
@@ -238,16 +281,20 @@ def _variant(name: str) -> _Variant:
 
 def _build(variant: _Variant, num_classes: int, numbers: dict[str, Any]) -> nn.Module:
     """Build a model of complete, checked numbers."""
-    mit = asdict(_MIT[variant.mit])
-    dropout = numbers.pop("dropout", 0.0)
-    backbone = HilaMiT(**mit, **numbers) if variant.hila else MiT(**mit, **numbers)
+    mit = {**asdict(_MIT[variant.mit]), "drop_path": numbers["drop_path"]}
+    if variant.hila:
+        exchange = ExchangeConfig(**{key: numbers[key] for key in _EXCHANGE})
+        backbone: MiT | HilaMiT = HilaMiT(
+            **mit, stages=numbers["stages"], stride=numbers["stride"], exchange=exchange
+        )
+    else:
+        backbone = MiT(**mit)
     if variant.task == "segmentation":
-        head = SegFormerHead(backbone.dims, variant.head_width, num_classes, dropout)
+        head = SegFormerHead(backbone.dims, variant.head_width, num_classes, numbers["dropout"])
         return Segmenter(backbone, head)
     for module in backbone.modules():
         if isinstance(module, LevelExchange):
-            # Classes depend on no refined low map; left trainable, DDP would wait for this one.
-            module.low_norm.requires_grad_(False)
+            module.freeze_low_output()
     return MiTClassifier(backbone, num_classes)
 
 
@@ -288,6 +335,13 @@ def _check_type(key: str, value: Any, default: Any) -> None:
         fits, expected = number and 0 <= value < 1, "a number in [0, 1)"
     elif key in _COUNTS:
         fits, expected = type(value) is int and value > 0, "a whole number above 0"
+    elif key == "share":
+        fits, expected = (
+            value in ("bu", True, False) and type(value) is not int,
+            "true, false or bu",
+        )
+    elif isinstance(default, bool):
+        fits, expected = isinstance(value, bool), "true or false"
     elif key == "stride":
         fits, expected = _is_whole(value) or type(value) is int, "a whole number or a list of them"
     elif key == "stages":

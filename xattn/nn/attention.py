@@ -44,17 +44,20 @@ class ReducedAttention(nn.Module):
         return out
 
     def count_macs(self, map_BHWC: Tensor) -> int:
-        """Return the multiply-adds for one image (rule: `evaluate.cost`).
-
-        The two matrix products count 2 * tokens * keys * dim.
-        """
+        """Return the multiply-adds for one image (rule: `evaluate.cost`)."""
         height, width, dim = map_BHWC.shape[1:]
         tokens = height * width
         keys = (height // self.reduction) * (width // self.reduction)
-        macs = 2 * tokens * dim**2 + 2 * keys * dim**2 + 2 * tokens * keys * dim
+        macs = 2 * tokens * dim**2 + 2 * keys * dim**2 + self.product_macs(map_BHWC)
         if self.reduction > 1:
             macs += keys * dim * (self.reduction**2 * dim + 1) + 2 * keys * dim
         return macs
+
+    def product_macs(self, map_BHWC: Tensor) -> int:
+        """Return the two matrix products' part of `count_macs`: 2 * tokens * keys * dim."""
+        height, width, dim = map_BHWC.shape[1:]
+        keys = (height // self.reduction) * (width // self.reduction)
+        return 2 * height * width * keys * dim
 
 
 class MixBlock(nn.Module):

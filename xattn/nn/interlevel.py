@@ -8,7 +8,8 @@ the side. High token (i, j) owns the p x p low cells (2i - pad + u, 2j - pad + w
 Differences from the paper's listing; all but the first follow the numbers of the authors' code:
 - Every softmax is taken over gathered candidates with their maximum subtracted. The listing sums
   raw exponentials, which overflow. Features are projected before they are gathered, not after.
-- Logits are scaled by (channels of the updated feature) ** -0.5 in both directions.
+- Logits are scaled by (channels of the updated feature) ** -0.5 in both directions, unless `scale`
+  says otherwise.
 - Low cells outside the map take part in bottom-up attention as a zero token.
 - The output projection comes after the sum over overlapping patches: its bias is added once.
 - The code's two position vectors are always added up, so one is kept.
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xattn.errors import ConfigError
+from xattn.errors import ConfigError, check_choice
 from xattn.nn.blocks import MixFFN
 
 
@@ -47,6 +48,22 @@ def _check_patch(patch: int) -> int:
     return patch
 
 
+def _logit_scale(scale: str, updated: int, inner: int) -> float:
+    """Return what the logits are multiplied by.
+
+    Args:
+        scale: "updated" for the width of the updated feature (the authors' code), "inner" for that
+            of query and key (the paper's equation 10).
+        updated: channels of the updated feature.
+        inner: channels of query and key.
+
+    Raises:
+        ConfigError: `scale` is neither.
+    """
+    widths = {"updated": updated, "inner": inner}
+    return float(widths[check_choice("scale", scale, widths)] ** -0.5)
+
+
 class BottomUpAttention(nn.Module):
     """Every high token attends to the p * p low cells of its own patch.
 
@@ -54,13 +71,14 @@ class BottomUpAttention(nn.Module):
         high_dim: channels of the updated (high) feature.
         low_dim: channels of the low feature.
         patch: side p of the patch in low cells; even.
+        scale: whose width scales the logits, see `_logit_scale`.
     """
 
-    def __init__(self, high_dim: int, low_dim: int, patch: int) -> None:
+    def __init__(self, high_dim: int, low_dim: int, patch: int, scale: str = "updated") -> None:
         super().__init__()
         self.patch = _check_patch(patch)
         self.width = min(high_dim, low_dim)
-        self.scale = high_dim**-0.5
+        self.scale = _logit_scale(scale, high_dim, self.width)
         self.query = nn.Linear(high_dim, self.width)
         self.key_value = nn.Linear(low_dim, 2 * self.width)
         self.output = nn.Linear(self.width, high_dim)
@@ -90,7 +108,11 @@ class BottomUpAttention(nn.Module):
         tokens = high_BHWC.shape[1] * high_BHWC.shape[2]
         cells = tokens * self.patch**2
         projections = 2 * tokens * high_BHWC.shape[3] + 2 * cells * low_BhwD.shape[3]
-        return (projections + 2 * cells) * self.width
+        return projections * self.width + self.product_macs(tokens)
+
+    def product_macs(self, tokens: int) -> int:
+        """Return the multiply-adds of the two matrix products for that many high tokens."""
+        return 2 * tokens * self.patch**2 * self.width
 
 
 class TopDownAttention(nn.Module):
@@ -103,14 +125,15 @@ class TopDownAttention(nn.Module):
         low_dim: channels of the updated (low) feature.
         high_dim: channels of the high feature.
         patch: side p of the patch in low cells; even.
+        scale: whose width scales the logits, see `_logit_scale`.
     """
 
-    def __init__(self, low_dim: int, high_dim: int, patch: int) -> None:
+    def __init__(self, low_dim: int, high_dim: int, patch: int, scale: str = "updated") -> None:
         super().__init__()
         self.patch = _check_patch(patch)
         self.reach = patch // 4
         self.width = min(high_dim, low_dim)
-        self.scale = low_dim**-0.5
+        self.scale = _logit_scale(scale, low_dim, self.width)
         self.query = nn.Linear(low_dim, self.width)
         self.key_value = nn.Linear(high_dim, 2 * self.width)
         self.output = nn.Linear(self.width, low_dim)
@@ -165,7 +188,11 @@ class TopDownAttention(nn.Module):
         cells = tokens * self.patch**2
         low_dim, high_dim = low_BhwC.shape[3], high_BHWD.shape[3]
         projections = (cells + low_tokens) * low_dim + 2 * tokens * high_dim
-        return (projections + 2 * cells) * self.width
+        return projections * self.width + self.product_macs(tokens)
+
+    def product_macs(self, tokens: int) -> int:
+        """Return the multiply-adds of the two matrix products for that many high tokens."""
+        return 2 * tokens * self.patch**2 * self.width
 
 
 class InterLevelUpdate(nn.Module):
