@@ -327,6 +327,26 @@ def bench_metrics(
         _print_table([(key, str(value)) for key, value in result.items()])
 
 
+@bench_app.command("attention")
+def bench_attention(
+    sides: Annotated[
+        list[int] | None, typer.Option("--side", min=64, help="Side of the image in pixels.")
+    ] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each form.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Compare HILA's inter-level attention with the listing of its paper, forward and backward."""
+    from benchmarks.attention import measure
+
+    result = measure(sides or [512, 1024], turns)
+    if as_json:
+        _print_json(result)
+        return
+    for side, parts in result["sides"].items():
+        for part, figures in parts.items():
+            _print_table([(f"{side}, {part}, {key}", str(value)) for key, value in figures.items()])
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 

@@ -40,6 +40,14 @@ def test_models_state_the_numbers_of_the_spec() -> None:
     assert set(cards["segformer_b0"]) == set(wanted.split())
 
 
+def test_bench_attention_reports_both_forms() -> None:
+    done = xattn("bench", "attention", "--side", "64", "--turns", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    both = json.loads(done.stdout)["sides"]["64"]["both"]
+    assert both["listing_ms"] > 0
+    assert both["times_faster"] == pytest.approx(both["listing_ms"] / both["ours_ms"], abs=0.01)
+
+
 def test_listings(project: Path) -> None:
     assert "camvid" in xattn("datasets").stdout
     assert "trainannot" in xattn("datasets", "camvid").stdout

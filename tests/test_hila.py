@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 
+from benchmarks.attention import listing
 from xattn.models.hila import ExchangeConfig, HilaMiT, exchange_steps
 from xattn.models.zoo import create_model
 from xattn.nn.interlevel import BottomUpAttention, TopDownAttention
@@ -64,20 +65,22 @@ def test_bottom_up_gives_the_reference_codes_values():
 
 
 def naive_bottom_up(attention, high, low):
-    """Loop over high tokens and their cells; outside cells are zero tokens."""
+    """Loop over high tokens and their cells; outside cells are zero tokens, or left out."""
     patch, pad = attention.patch, attention.patch // 2 - 1
     rows, columns = low.shape[1:3]
     out = torch.zeros_like(high)
     for b, i, j in torch.cartesian_prod(*map(torch.arange, high.shape[:3])).tolist():
-        cells = []
+        cells, places = [], []
         for u in range(patch):
             for w in range(patch):
                 y, x = 2 * i - pad + u, 2 * j - pad + w
                 inside = 0 <= y < rows and 0 <= x < columns
-                cells.append(low[b, y, x] if inside else torch.zeros_like(low[0, 0, 0]))
+                if inside or not attention.masks:
+                    cells.append(low[b, y, x] if inside else torch.zeros_like(low[0, 0, 0]))
+                    places.append(u * patch + w)
         key, value = attention.key_value(torch.stack(cells)).chunk(2, dim=1)
         logits = key @ attention.query(high[b, i, j]) * high.shape[3] ** -0.5
-        weights = (logits + attention.position_bias).softmax(0)
+        weights = (logits + attention.position_bias[places]).softmax(0)
         out[b, i, j] = attention.output(weights @ value)
     return out
 
@@ -101,7 +104,12 @@ def naive_top_down(attention, low, high):
     return out
 
 
+def masked_bottom_up(*dims):
+    return BottomUpAttention(*dims, border="mask")
+
+
 CASES = {
+    "masked": (masked_bottom_up, naive_bottom_up, (5, 3)),
     "bottom-up": (BottomUpAttention, naive_bottom_up, (5, 3)),
     "top-down": (TopDownAttention, naive_top_down, (3, 5)),
 }
@@ -115,7 +123,7 @@ def test_attention_is_the_double_loop_forward_and_backward(direction, low_size, 
     attention = fill_weights(build(*dims, patch))
     high = fill((2, 4, 3, 5), 0.37).requires_grad_()
     low = fill((2, *low_size, 3), 0.53).requires_grad_()
-    pair = (high, low) if direction == "bottom-up" else (low, high)
+    pair = (high, low) if direction != "top-down" else (low, high)
     out, expected = attention(*pair), naive(attention, *pair)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     inputs = [high, low, *attention.parameters()]
@@ -132,11 +140,39 @@ def test_logits_far_above_100_stay_finite(direction):
     attention = fill_weights(build(*dims, 4)).float()
     high = (400 * fill((1, 4, 3, 5), 0.37)).float().requires_grad_()
     low = (400 * fill((1, 8, 6, 3), 0.53)).float().requires_grad_()
-    out = attention(high, low) if direction == "bottom-up" else attention(low, high)
+    out = attention(high, low) if direction != "top-down" else attention(low, high)
     out.sum().backward()
     assert out.isfinite().all()
     assert high.grad.isfinite().all()
     assert low.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("direction", CASES)
+def test_half_precision_is_finite_and_near(direction, dtype):
+    build, _, dims = CASES[direction]
+    attention = fill_weights(build(*dims, 4))
+    high, low = fill((1, 3, 3, 5), 0.37), fill((1, 5, 6, 3), 0.53)
+    pair = (high, low) if direction != "top-down" else (low, high)
+    expected = attention(*pair)
+    pair = [level.to(dtype).requires_grad_() for level in pair]
+    out = attention.to(dtype)(*pair)
+    torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.05)
+    out.sum().backward()
+    assert all(level.grad.isfinite().all() for level in pair)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = attention.float()(*(level.detach().float() for level in pair))
+    torch.testing.assert_close(mixed.double(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("patch", [2, 4, 6])
+@pytest.mark.parametrize("direction", ["bottom-up", "top-down"])
+def test_the_listing_is_the_same_function(direction, patch):
+    build, _, dims = CASES[direction]
+    attention = fill_weights(build(*dims, patch))
+    high, low = fill((2, 4, 3, 5), 0.37), fill((2, 8, 6, 3), 0.53)
+    pair = (high, low) if direction == "bottom-up" else (low, high)
+    torch.testing.assert_close(attention(*pair), listing(attention, *pair), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

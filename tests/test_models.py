@@ -244,6 +244,7 @@ def test_lists_filter_by_task_and_system():
         ("hila_segformer_b0_s3", {"share": 1}, "share: found 1, expected true"),
         ("hila_segformer_b0_s3", {"top_down": 0}, "top_down: found 0, expected true or false"),
         ("hila_segformer_b0_s3", {"scale": "inne"}, r"overrides\.scale: .* did you mean 'inner'"),
+        ("hila_segformer_b0_s3", {"border": "masks"}, "border: .* did you mean 'mask'"),
         ("hila_segformer_b0_s3", {"schedule": "codes"}, "schedule: .* did you mean 'code'"),
         (
             "hila_segformer_b0_s3",

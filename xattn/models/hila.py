@@ -42,7 +42,8 @@ class ExchangeConfig:
         top_down: whether the low map is refined; without it there is neither low block nor low norm
             and the decoder sees the previous stage's own output (our reading of table 3's "BU").
         bottom_up: whether the high map is updated.
-        scale: whose width scales the logits, see `nn.interlevel`.
+        scale: whose width scales the logits, "updated" or "inner", see `nn.interlevel`.
+        border: what bottom-up sees outside the map, "bias_token" or "mask", see `nn.interlevel`.
         schedule: where top-down goes when the stride is above 2, see `exchange_steps`.
 
     Raises:
@@ -57,6 +58,7 @@ class ExchangeConfig:
     top_down: bool = True
     bottom_up: bool = True
     scale: str = "updated"
+    border: str = "bias_token"
     schedule: str = "code"
 
     def __post_init__(self) -> None:
@@ -96,13 +98,18 @@ class LevelExchange(nn.Module):
         ups, downs = (sum(column) for column in zip(*self.steps, strict=True))
         if config.bottom_up:
             up_updates = [
-                _build_update(BottomUpAttention, high_dim, low_dim, config)
+                _build_update(
+                    BottomUpAttention(high_dim, low_dim, config.patch, config.scale, config.border),
+                    config,
+                )
                 for _ in range(1 if config.share is True else ups)
             ]
             self.bottom_up = _one_or_list(up_updates, config.share is True)
         if config.top_down:
             down_updates = [
-                _build_update(TopDownAttention, low_dim, high_dim, config)
+                _build_update(
+                    TopDownAttention(low_dim, high_dim, config.patch, config.scale), config
+                )
                 for _ in range(downs if config.share is False else 1)
             ]
             self.top_down = _one_or_list(down_updates, config.share is not False)
@@ -169,14 +176,11 @@ class LevelExchange(nn.Module):
 
 
 def _build_update(
-    attention: type[BottomUpAttention | TopDownAttention],
-    target_dim: int,
-    source_dim: int,
-    config: ExchangeConfig,
+    attention: BottomUpAttention | TopDownAttention, config: ExchangeConfig
 ) -> InterLevelUpdate:
-    inner = attention(target_dim, source_dim, config.patch, config.scale)
+    target_dim, source_dim = attention.query.in_features, attention.key_value.in_features
     return InterLevelUpdate(
-        inner, target_dim, source_dim, config.alpha, config.beta, config.ffn_ratio
+        attention, target_dim, source_dim, config.alpha, config.beta, config.ffn_ratio
     )
 
 
