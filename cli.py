@@ -333,12 +333,13 @@ def bench_attention(
         list[int] | None, typer.Option("--side", min=64, help="Side of the image in pixels.")
     ] = None,
     turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each form.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare HILA's inter-level attention with the listing of its paper, forward and backward."""
     from benchmarks.attention import measure
 
-    result = measure(sides or [512, 1024], turns)
+    result = measure(sides or [512, 1024], turns, threads)
     if as_json:
         _print_json(result)
         return

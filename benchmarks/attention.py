@@ -13,7 +13,9 @@ import ctypes
 import gc
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +35,26 @@ Form = Callable[[Attention, Tensor, Tensor], Tensor]
 """(attention, target, source) -> what to add to the target."""
 
 
-def measure(sides: list[int], turns: int) -> dict[str, Any]:
+def measure(sides: list[int], turns: int, threads: int | None = None) -> dict[str, Any]:
     """Time both forms and measure their memory.
 
     Args:
         sides: heights and widths of square images, in pixels; multiples of 32.
         turns: turns of each form, interleaved.
+        threads: torch's threads; on a machine that others use too, one gives steadier figures.
 
     Returns:
         For each side milliseconds (sum over the pairs) and MiB (of the pair that takes most) of
         both forms, by direction and together, with the ratios listing / ours.
     """
     device = resolve_device("auto")
+    if threads is not None:
+        torch.set_num_threads(threads)
     times = {side: _all_times(side, turns, device) for side in sides}
-    _return_freed_memory()  # slows what follows, hence after the timing
-    peaks = {side: _all_peaks(side, device) for side in sides}
+    # In a process of its own: memory that the timed passes have freed would be reused unseen.
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_return_freed_memory) as child:
+        peaks = dict(zip(sides, child.map(_all_peaks, sides, [device] * len(sides)), strict=True))
     return {
         "model": "HILA-B1, attentions of S(2,3,4)",
         "batch": 1,
@@ -136,7 +143,6 @@ def _return_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, 2**16)
         libc.mallopt(_TRIM_THRESHOLD, 2**16)
-        libc.malloc_trim(0)
 
 
 def _peak_mib(call: Form, attention: Attention, maps: tuple[Tensor, Tensor]) -> float:

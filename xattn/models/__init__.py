@@ -1,1 +1,5 @@
 """One file a family; names and numbers in zoo.py."""
+
+from xattn.models.timm_names import register_names
+
+register_names()
