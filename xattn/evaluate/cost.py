@@ -118,10 +118,23 @@ def _attended_shape(query: Tensor, _key: Tensor, value: Tensor, **_: Any) -> Seq
     return (*query.shape[:-1], value.shape[-1])
 
 
+def _resized_shape(images: Tensor, size: Sequence[int], *_: Any, **__: Any) -> Sequence[int]:
+    return (*images.shape[:2], *size)
+
+
+def _summed_shape(first: Tensor, second: Any, *_: Any, **__: Any) -> Sequence[int]:
+    shape: Sequence[int] = torch.broadcast_shapes(first.shape, getattr(second, "shape", ()))
+    return shape
+
+
 _SHAPES: dict[Callable[..., Any], Callable[..., Sequence[int]]] = {
     F.linear: _linear_shape,
     F.layer_norm: _same_shape,
     F.gelu: _same_shape,
+    F.relu: _same_shape,
+    F.batch_norm: _same_shape,
+    F.interpolate: _resized_shape,
+    torch.Tensor.add: _summed_shape,
     F.scaled_dot_product_attention: _attended_shape,
     torch.conv2d: _convolved_shape,
 }
