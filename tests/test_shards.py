@@ -562,7 +562,6 @@ def test_missing_fields_and_double_keys_are_found(tmp_path, monkeypatch):
     assert (finding.shard, finding.key) == ("train-000000.tar", "img_001")
     assert finding.problem == "has no mask, while 2 others have one"
     monkeypatch.setattr("xattn.data.shards.check_unique", lambda _entries: None)
-    monkeypatch.setattr("xattn.data.pack.KEY_BYTES", 88)
     double = Samples([make_sample(0), make_sample(1)])
     double.entries.append(double.entries[0])
     (finding,) = verify(write(tmp_path / "double", read=double).root)

@@ -102,7 +102,7 @@ class PackedShard:
 
     def save(self, folder: Path, rows: npt.NDArray[np.void]) -> None:
         """Write rows and, last, the record that vouches for tar and rows."""
-        write_atomic(folder / f"{self.name}.npy", lambda part: _save_rows(part, rows))
+        write_rows(folder / f"{self.name}.npy", rows)
         write_json(folder / f"{self.name}.json", dataclasses.asdict(self))
 
     @classmethod
@@ -121,9 +121,14 @@ class PackedShard:
         return rows
 
 
-def _save_rows(path: Path, rows: npt.NDArray[np.void]) -> None:
-    with path.open("wb") as stream:
-        np.lib.format.write_array(stream, rows, allow_pickle=False)
+def write_rows(path: Path, rows: npt.NDArray[np.void]) -> None:
+    """Write rows of `record_dtype` as .npy, whole or not at all."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as stream:
+            np.lib.format.write_array(stream, rows, allow_pickle=False)
+
+    write_atomic(path, write)
 
 
 def pack_shard(packing: Packing, plan: ShardPlan, after_sample: Callable[[], None]) -> PackedShard:

@@ -49,6 +49,7 @@ from xattn.data.pack import (
     ShardPlan,
     pack_shard,
     rows_of_tar,
+    write_rows,
 )
 from xattn.data.stored import ShardSettings
 from xattn.data.target import BucketTarget, Target, open_target, staging_of
@@ -551,13 +552,3 @@ def join_rows(parts: Sequence[npt.NDArray[np.void]]) -> npt.NDArray[np.void]:
     rows = np.concatenate([np.empty(0, record_dtype(KEY_BYTES)), *parts])
     longest = max((len(key) for key in rows["key"]), default=1)
     return rows.astype(record_dtype(longest))
-
-
-def write_rows(path: Path, rows: npt.NDArray[np.void]) -> None:
-    """Write the rows of a split, whole or not at all."""
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as stream:
-            np.lib.format.write_array(stream, rows, allow_pickle=False)
-
-    write_atomic(path, write)

@@ -114,15 +114,6 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def broadcast_object(value: Any) -> Any:
-    """Return rank 0's `value` on every rank; it must pickle."""
-    if not _is_distributed():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
