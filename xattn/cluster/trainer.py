@@ -108,24 +108,21 @@ def _fit(
 
 
 def _work_on_worker(config: dict[str, Any]) -> None:
-    """Run the work function; a fault that the user must mend is left as a word, not raised.
+    """Run the work function; a fault that the user must mend is left as a word for the driver.
 
-    Ray would retry it. The process group is closed so that the other ranks, waiting in a
-    collective, come back with an error of their own, find the word and end quietly too.
+    It is raised too, so that Ray ends the other ranks: they wait in a collective for this one, and
+    leaving the process group frees them only when the last object that holds it is gone. The
+    workers that Ray then starts again find the word and have nothing to do.
     """
-    import torch.distributed as dist  # noqa: PLC0415
-
     word = _Word(Path(config["folder"]))
+    if word.fault() is not None:
+        return
+    work, job = pickle.loads(config["payload"])
     try:
-        work, job = pickle.loads(config["payload"])
         work(job, word.post)
     except XattnError as error:
         word.report(error)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except Exception:
-        if word.fault() is None:
-            raise
+        raise
 
 
 class _Word:
