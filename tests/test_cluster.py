@@ -87,7 +87,7 @@ def launch_a_fault(folder: str) -> None:
     """Run the work below on two workers; exit with 3 when its fault arrives."""
     base = Path(folder)
     (base / "runs").mkdir()
-    config = ClusterConfig(backend="ray", workers=2, device="cpu")
+    config = ClusterConfig(backend="ray", workers=2, device="cpu", max_failures=0)
     try:
         launch(fail_on_rank_1, _Job("cpu"), config, base / "runs", base, lambda _: None)
     except DamageError:
