@@ -28,6 +28,50 @@ def naive_sum(logits, target):
     )
 
 
+def as_two_steps(logits, target):
+    large = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(large, target, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@pytest.mark.parametrize("limit", [1, 100, 2**18])
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [((5, 7), (20, 28)), ((5, 7), (15, 28)), ((5, 7), (5, 7)), ((1, 1), (4, 4)), ((5, 7), (18, 26)),
+     ((6, 6), (3, 3))],
+)  # fmt: skip
+def test_enlarging_in_blocks_equals_enlarging_first(monkeypatch, small, large, limit):
+    monkeypatch.setattr("xattn.losses._BLOCK_ON_CPU", limit)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, *small, generator=generator, dtype=torch.float64) * 300
+    logits = logits.to(memory_format=torch.channels_last).requires_grad_()
+    target = torch.randint(4, (3, *large), generator=generator)
+    target[torch.rand(3, *large, generator=generator) < 0.3] = IGNORE_INDEX
+    expected = as_two_steps(logits, target)
+    ours = segmentation_cross_entropy(logits, target, "all", identity_mean)["loss"]
+    torch.testing.assert_close(ours * target.numel(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours * target.numel(), logits),
+        torch.autograd.grad(expected, logits),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_compared_in_full(dtype):
+    logits = (torch.randn(2, 150, 8, 8, generator=torch.Generator().manual_seed(0)) * 40).to(dtype)
+    target = torch.randint(150, (2, 32, 32), generator=torch.Generator().manual_seed(1))
+    logits.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = segmentation_cross_entropy(logits, target, "all", identity_mean)["loss"]
+    expected = as_two_steps(logits.float(), target) / target.numel()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.dtype == dtype
+    assert gradient.isfinite().all()
+
+
 def test_normalisation_counts_all_or_valid_pixels(pixels):
     total = naive_sum(*pixels)
     every = segmentation_cross_entropy(*pixels, "all", identity_mean)["loss"]
