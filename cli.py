@@ -348,6 +348,27 @@ def bench_attention(
             _print_table([(f"{side}, {part}, {key}", str(value)) for key, value in figures.items()])
 
 
+@bench_app.command("train-step")
+def bench_train_step(
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 2,
+    side: Annotated[int, typer.Option(min=64, help="Side of the image in pixels.")] = 512,
+    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each model.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each turn.")] = 1,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    as_json: AsJson = False,
+) -> None:
+    """Compare training steps: SegFormer with Hugging Face's, HILA with SegFormer."""
+    from benchmarks.train_step import measure
+
+    result = measure(batch, side, turns, steps, precision)
+    if as_json:
+        _print_json(result)
+        return
+    _print_table([(f"{name}, best ms", str(ms)) for name, ms in result["best_ms"].items()])
+    _print_table([(f"{size}, times", str(ratio)) for size, ratio in result["times_faster"].items()])
+    _print_table([(f"hila, {key}", str(value)) for key, value in result["hila"].items()])
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
