@@ -303,7 +303,7 @@ def test_large_sizes_build_and_run():
 # ---- weights
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin"])
 def test_weights_round_trip(tmp_path, segformer, suffix):
     path = tmp_path / f"model{suffix}"
     if suffix == ".safetensors":
@@ -333,7 +333,7 @@ def test_classifier_weights_start_a_segmenter(tmp_path):
     report = load_weights(model, tmp_path / "mit.safetensors")
     assert set(report.unexpected) == {"head.weight", "head.bias"}
     assert all(key.startswith("head.") for key in report.missing)
-    assert "tensors loaded; missing: head." in report.summary()
+    assert "176 of 192 tensors loaded (xattn names); missing: head." in report.summary()
     for key, tensor in classifier.backbone.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[key], tensor), key
 
@@ -417,12 +417,12 @@ def test_weights_errors(tmp_path, segformer):
     other_shape = {"backbone.stages.0.norm.weight": torch.ones(64)}
     with pytest.raises(CheckpointError, match=r"stages.0.norm.weight has shape \(64,\).*\(32,\)"):
         load_weights(segformer, other_shape)
-    with pytest.raises(CheckpointError, match="none of its 1 tensors fits"):
+    with pytest.raises(CheckpointError, match="none of its 1 tensors, read as 'xattn', fits"):
         load_weights(segformer, {"conv1.weight": torch.ones(3)})
     with pytest.raises(CheckpointError, match="no such weights file"):
         load_weights(segformer, tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match=r"found '.bin', expected .safetensors"):
-        load_weights(segformer, tmp_path / "weights.bin")
+    with pytest.raises(CheckpointError, match=r"found '.onnx', expected .safetensors"):
+        load_weights(segformer, tmp_path / "weights.onnx")
     for name in ("bad.safetensors", "bad.pt"):
         (tmp_path / name).write_bytes(b"not weights at all")
         with pytest.raises(CheckpointError, match="cannot be read as weights"):
