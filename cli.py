@@ -109,6 +109,30 @@ def datasets(
     _print_table([(f"  {key}", value) for key, value in fields.items()])
 
 
+@app.command()
+def weights(
+    model: Annotated[str, typer.Argument(help="A name from `xattn models`.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="A .safetensors, .pt, .pth or .bin file.", show_default=False)
+    ],
+    classes: Annotated[int | None, typer.Option(min=1, help="Outputs, else the paper's.")] = None,
+    partial: Annotated[bool, typer.Option(help="Leave out what has another shape.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try a weights file on a model: what loads, what stays missing, what is left over."""
+    from dataclasses import asdict
+
+    from xattn.models.weights import load_weights
+    from xattn.models.zoo import create_model, model_card
+
+    built = create_model(model, num_classes=classes or model_card(model).num_classes)
+    report = load_weights(built, file, partial=partial)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        print(report.listing())
+
+
 preset_app = typer.Typer(no_args_is_help=False, invoke_without_command=True)
 app.add_typer(
     preset_app, name="preset", help="List the complete params files, or make one the active."

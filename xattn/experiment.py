@@ -5,6 +5,7 @@ and the code of the training path. Its progress lies in `runs/<run>-<fingerprint
 DVC deletes, so that the same job goes on where it was and a changed job never meets old state:
 
     job.json            what the fingerprint covers, the MLflow run
+    init.txt            which of the initial weights were loaded, which not and why
     checkpoints/        training state, the newest two
     history.jsonl       the curves
     final/              model.safetensors and summary.json, once all steps are taken
@@ -32,7 +33,7 @@ from xattn.malloc import keep_freed_memory
 from xattn.models.weights import WEIGHTS_SUFFIXES, load_weights, save_weights
 from xattn.models.zoo import create_recipe, list_models
 from xattn.places import run_dir, shards_dir
-from xattn.storage import read_json, refused_disk, sha256_file, sha256_json, write_json
+from xattn.storage import read_json, refused_disk, sha256_file, sha256_json, write_json, write_text
 from xattn.structures import Batch, Progress, Recipe, Task
 from xattn.tracking import RunLogger, TrackedRun, close_run, open_run
 from xattn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -292,7 +293,9 @@ def build_recipe(job: TrainJob, index: ShardIndex, ranks: Ranks) -> Recipe:
     torch.manual_seed(job.seed)  # every rank draws the same initial weights
     recipe = create_recipe(job.spec.model, index.info, job.recipe.loss, **job.spec.overrides)
     if job.init_weights is not None:
-        load_weights(recipe.model, job.init_weights)
+        report = load_weights(recipe.model, job.init_weights)
+        if ranks.is_first:
+            write_text(job.run_dir / "init.txt", f"{job.init_weights}: {report.listing()}\n")
     apply_sync_batchnorm(recipe.model, ranks)
     to_device(recipe.model, ranks, job.recipe.fit.channels_last)
     return recipe
