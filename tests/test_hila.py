@@ -140,7 +140,10 @@ def test_logits_far_above_100_stay_finite(direction):
     attention = fill_weights(build(*dims, 4)).float()
     high = (400 * fill((1, 4, 3, 5), 0.37)).float().requires_grad_()
     low = (400 * fill((1, 8, 6, 3), 0.53)).float().requires_grad_()
-    out = attention(high, low) if direction != "top-down" else attention(low, high)
+    target, source = (high, low) if direction != "top-down" else (low, high)
+    key = attention.key_value(source).chunk(2, dim=3)[0].flatten(0, 2)
+    assert (attention.query(target).flatten(0, 2) @ key.t() * attention.scale).max() > 1000
+    out = attention(target, source)
     out.sum().backward()
     assert out.isfinite().all()
     assert high.grad.isfinite().all()
@@ -271,6 +274,25 @@ def test_low_block_starts_as_a_copy_that_trains_alone():
     for one, other in zip(source.parameters(), copied.parameters(), strict=True):
         assert torch.equal(one, other)
         assert one.data_ptr() != other.data_ptr()
+
+
+def test_what_hila_adds_starts_as_in_the_authors_code():
+    torch.manual_seed(0)
+    exchange = create_model("hila_segformer_b1_s3", num_classes=3).backbone.exchanges["3"]
+    assert (exchange.low_norm.weight == 1).all()
+    assert not exchange.low_norm.bias.any()
+    for update in (exchange.top_down, exchange.bottom_up):
+        assert not update.attention.position_bias.any()
+        for module in update.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                assert module.eps == 1e-5
+                assert (module.weight == 1).all()
+            elif isinstance(module, torch.nn.Linear):
+                assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
+                assert not module.bias.any()
+            elif isinstance(module, torch.nn.Conv2d):  # depth-wise 3x3
+                assert module.weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
+                assert not module.bias.any()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Learning rates by hand, and which parameter falls into which group."""
 
 import pytest
+import torch
 from torch import nn
 
 from xattn.models.zoo import create_model
@@ -38,6 +39,23 @@ def test_groups_follow_the_names_of_the_papers() -> None:
     assert where[id(named["head.bn.weight"])]["weight_decay"] == 0.01, "as in the reference"
     apply_lr(optimizer, 2e-3)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([2e-3, 2e-2])
+
+
+@pytest.mark.parametrize("name", ["hila_segformer_b0_s3", "hila_mit_b0_s3"])
+def test_what_hila_copies_is_in_the_optimizer_before_the_first_forward(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, stages=(2, 3, 4), drop_path=0.0)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+    listed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    before = {key: parameter.clone() for key, parameter in model.named_parameters()}
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    apply_lr(optimizer, 1e-2)
+    optimizer.step()
+    for key, parameter in model.named_parameters():
+        assert (id(parameter) in listed) == parameter.requires_grad, key
+        assert torch.equal(parameter, before[key]) != parameter.requires_grad, key
+    moved = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("low_block" in key for key in moved)
 
 
 def test_vectors_can_be_left_undecayed() -> None:
