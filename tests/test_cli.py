@@ -55,21 +55,23 @@ def test_listings(project: Path) -> None:
     assert xattn("models", "--task", "nonsense").returncode == 2
 
 
-def test_initial_weights_tell_what_became_of_them(project: Path) -> None:
+def test_initial_weights_tell_what_became_of_them(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cli
     from xattn.config import load_config
     from xattn.experiment import run_training
     from xattn.models.weights import save_weights
     from xattn.models.zoo import create_model
 
     save_weights(create_model("mit_b0", num_classes=7), project / "mit.safetensors")
-    done = xattn("weights", "segformer_b0", "mit.safetensors", "--classes", "3", cwd=project)
-    assert done.returncode == 0, done.stderr
-    first, *others = done.stdout.splitlines()
+    cli.weights("segformer_b0", Path("mit.safetensors"), classes=3)
+    first, *others = capsys.readouterr().out.splitlines()
     assert first == "176 of 192 tensors loaded (xattn names)"
     assert "left over: head.weight" in others
     assert sum(line.startswith("missing: head.") for line in others) == 16
-    as_json = xattn("weights", "mit_b0", "mit.safetensors", "--json", cwd=project)
-    assert json.loads(as_json.stdout)["other_shape"]["head.bias"] == [[7], [1000]]
+    cli.weights("mit_b0", Path("mit.safetensors"), as_json=True)
+    assert json.loads(capsys.readouterr().out)["other_shape"]["head.bias"] == [[7], [1000]]
 
     params = small_params()
     params["runs"]["segmenter"]["init"] = "mit.safetensors"

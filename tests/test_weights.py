@@ -329,6 +329,12 @@ def test_a_head_alone_leaves_the_low_blocks_as_they_are():
     assert (model.backbone.exchanges["3"].low_block.norm1.weight == 3.0).all()
 
 
+def test_parts_beside_backbone_and_head_keep_their_names():
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "auxiliary": nn.Linear(2, 3)})
+    report = load_weights(model, {"weight": torch.ones(2, 2), "auxiliary.bias": torch.ones(3)})
+    assert report.loaded == ("backbone.weight", "auxiliary.bias")
+
+
 # ---- what does not fit
 
 

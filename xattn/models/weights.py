@@ -242,10 +242,11 @@ def _backbone_prefix(own: Mapping[str, Tensor]) -> str:
 def _match_prefix(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put "backbone." before backbone keys, or take it away, as the model has it."""
     prefix = _backbone_prefix(own)
-    return {
-        key if key.startswith("head.") else prefix + key.removeprefix("backbone."): tensor
-        for key, tensor in given.items()
-    }
+    placed = {}
+    for key, tensor in given.items():
+        stays = key in own or key.startswith("head.")
+        placed[key if stays else prefix + key.removeprefix("backbone.")] = tensor
+    return placed
 
 
 def _fitting(
