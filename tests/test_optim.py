@@ -24,6 +24,14 @@ def test_cosine_ends_at_its_floor() -> None:
     assert lr_at(10, 10, config) == pytest.approx(1e-5)
 
 
+def test_a_rate_can_be_held_for_an_epoch() -> None:
+    stepwise = OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=20, warmup_start=1e-3)
+    held = stepwise.model_copy(update={"update_every_steps": 10})
+    rates = [lr_at(step, 100, held) for step in range(100)]
+    assert rates[:10] == [1e-6] * 10
+    assert rates == [lr_at(step - step % 10, 100, stepwise) for step in range(100)]
+
+
 def test_groups_follow_the_names_of_the_papers() -> None:
     model = create_model("segformer_b0", num_classes=5)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3, head_lr_multiplier=10.0))

@@ -29,6 +29,8 @@ class OptimConfig(BaseModel):
         min_lr: learning rate at the last step, for a multiplier of one.
         warmup_steps: steps of linear warm-up, which multiplies the schedule.
         warmup_start: the factor at step 0.
+        update_every_steps: the rate changes after so many steps; 1 is every step, as in
+            mmsegmentation, an epoch's number of them is timm's, hence PVT's, way.
         head_lr_multiplier: applied to parameters whose name contains "head".
         no_decay: parts of names; a parameter whose name contains one is not decayed.
         decay_vectors: whether one-dimensional parameters (biases, norms) are decayed.
@@ -44,6 +46,7 @@ class OptimConfig(BaseModel):
     min_lr: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     warmup_start: float = Field(default=1e-6, ge=0, le=1)
+    update_every_steps: int = Field(default=1, gt=0)
     head_lr_multiplier: float = Field(default=1.0, gt=0)
     no_decay: tuple[str, ...] = ("norm",)
     decay_vectors: bool = True
@@ -51,6 +54,7 @@ class OptimConfig(BaseModel):
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     """Return the learning rate of step `step` (0-based) out of `total_steps`, multiplier one."""
+    step -= step % config.update_every_steps
     progress = min(step / max(total_steps, 1), 1.0)
     if config.schedule == "poly":
         factor = float((1.0 - progress) ** config.power)
