@@ -239,6 +239,8 @@ def test_lists_filter_by_task_and_system():
         ("mit_b0", {"dropout": 0.1}, "dropout: 'mit_b0' has no such setting"),
         ("segformer_b0", {"drop_path": 1.0}, r"drop_path: found 1.0, expected a number in \[0, 1"),
         ("segformer_b0", {"dropout": "no"}, "dropout: found 'no'"),
+        ("segformer_b0", {"head_width": 0}, "head_width: found 0, expected a whole number above 0"),
+        ("mit_b0", {"head_width": 128}, "head_width: 'mit_b0' has no such setting"),
         ("hila_segformer_b0_s3", {"patch": 3}, "patch: found 3, expected an even number"),
         ("hila_segformer_b0_s3", {"share": "up"}, "share: found 'up', expected true, false or bu"),
         ("hila_segformer_b0_s3", {"share": 1}, "share: found 1, expected true"),
@@ -260,6 +262,15 @@ def test_lists_filter_by_task_and_system():
 def test_wrong_names_and_numbers_are_named(name, overrides, message):
     with pytest.raises(ConfigError, match=message):
         create_model(name, num_classes=5, **overrides)
+
+
+def test_the_head_can_be_narrower_as_hila_has_it_on_faces():
+    model = create_model("hila_segformer_b2_s234", num_classes=19, head_width=128)
+    # Linears, fuse convolution, batch norm, classifier.
+    head = (64 + 128 + 320 + 512 + 4) * 128 + 4 * 128 * 128 + 2 * 128 + (128 + 1) * 19
+    assert sum(parameter.numel() for parameter in model.head.parameters()) == head
+    # What the authors' code counts, less the second position vectors of six attentions.
+    assert sum(p.numel() for p in model.backbone.parameters()) == 27_668_608 - 6 * 16
 
 
 def test_recipe_errors():

@@ -92,7 +92,6 @@ class _Variant:
         paper_params: parameters as printed, None where the paper does not say.
         paper_macs: likewise.
         source: where these were printed.
-        head_width: channels of the SegFormer head; 0 for a classifier.
         hila: whether the backbone exchanges between stages.
         notes: what a reader must know before comparing.
     """
@@ -104,7 +103,6 @@ class _Variant:
     paper_params: float | None
     paper_macs: float | None
     source: str
-    head_width: int = 0
     hila: bool = False
     notes: str = ""
 
@@ -113,15 +111,15 @@ def _plain(mit: str, task: Task) -> _Variant:
     """Return SegFormer's variant of a size, or its backbone as a classifier."""
     classifies = task == "classification"
     params, macs = (None, None) if classifies else _PRINTED.get(mit, (None, None))
+    head = {"dropout": 0.1, "head_width": _HEAD_WIDTH.get(mit, 768)}
     return _Variant(
         system="SegFormer",
         task=task,
         mit=mit,
-        defaults={"drop_path": 0.1} if classifies else {"drop_path": 0.1, "dropout": 0.1},
+        defaults={"drop_path": 0.1} if classifies else {"drop_path": 0.1, **head},
         paper_params=params,
         paper_macs=macs,
         source="Xie et al. 2021, table 6" if params is None else "Leung et al. 2022, table 1",
-        head_width=0 if classifies else _HEAD_WIDTH.get(mit, 768),
     )
 
 
@@ -138,7 +136,6 @@ def _with_hila(row: _HilaNumbers, task: Task) -> _Variant:
         paper_macs=None if classifies else row.macs,
         source=f"Leung et al. 2022, table {5 if classifies else 1}",
         hila=True,
-        head_width=0 if classifies else _HEAD_WIDTH.get(row.mit, 768),
         notes="; ".join(filter(None, (row.note, _UNREAD_NORM if classifies else ""))),
     )
 
@@ -179,8 +176,9 @@ def create_model(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
     Args:
         name: one of `list_models()`.
         num_classes: foreground classes.
-        **overrides: numbers that differ from the published ones: drop_path; dropout for
-            segmenters; stages, stride and the fields of `hila.ExchangeConfig` for HILA.
+        **overrides: numbers that differ from the published ones: drop_path; dropout and
+            head_width for segmenters; stages, stride and the fields of `hila.ExchangeConfig` for
+            HILA.
 
     Raises:
         UnknownNameError: there is no model `name`.
@@ -290,7 +288,7 @@ def _build(variant: _Variant, num_classes: int, numbers: dict[str, Any]) -> nn.M
     else:
         backbone = MiT(**mit)
     if variant.task == "segmentation":
-        head = SegFormerHead(backbone.dims, variant.head_width, num_classes, numbers["dropout"])
+        head = SegFormerHead(backbone.dims, numbers["head_width"], num_classes, numbers["dropout"])
         return Segmenter(backbone, head)
     for module in backbone.modules():
         if isinstance(module, LevelExchange):
@@ -325,7 +323,7 @@ def _override(
 
 
 _RATES = ("drop_path", "dropout", "label_smoothing")
-_COUNTS = ("patch", "ffn_ratio")
+_COUNTS = ("patch", "ffn_ratio", "head_width")
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:
