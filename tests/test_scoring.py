@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from xattn.models.zoo import create_recipe
 from xattn.predictor import load_predictor
 from xattn.scoring import evaluate_model, per_class_csv
 from xattn.storage import sha256_file, write_json
-from xattn.structures import IGNORE_INDEX, Batch, Recipe, identity_mean
+from xattn.structures import IGNORE_INDEX, Batch, Progress, Recipe, identity_mean
 
 K = 4
 
@@ -153,10 +154,15 @@ def model_dir(tmp_path: Path, shards: Path) -> Path:
     return tmp_path
 
 
-def evaluate(model_dir: Path, shards: Path, **changes: Any) -> dict[str, Any]:
+def evaluate(
+    model_dir: Path,
+    shards: Path,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    **changes: Any,
+) -> dict[str, Any]:
     settings = json.dumps({**small_params()["evaluate"], **changes})
     config = EvaluateConfig.model_validate_json(settings, strict=True)
-    return evaluate_model(model_dir, shards / "scenes", config, model_dir / "out", lambda _: None)
+    return evaluate_model(model_dir, shards / "scenes", config, model_dir / "out", on_progress)
 
 
 def test_the_plain_protocol_leaves_nothing_new(model_dir: Path, shards: Path) -> None:
@@ -201,6 +207,30 @@ def test_a_full_protocol_is_stated_and_measured(model_dir: Path, shards: Path) -
     assert metrics["mIoU_small"] == pytest.approx(np.mean(iou), abs=2e-6)
     assert 0 <= metrics["boundary_F_40x60"] <= 1
     assert 0 <= metrics["image_boundary_F"] <= 1
+
+
+def test_several_scales_are_scored_beside_the_single_one(model_dir: Path, shards: Path) -> None:
+    several = {"ratios": [0.75, 1], "flip": True}
+    plain = evaluate(model_dir, shards, boundary={"thresholds": [3]})
+    alone = evaluate(model_dir, shards, segmentation=several)
+    done: list[tuple[int, int]] = []
+    both = evaluate(
+        model_dir,
+        shards,
+        lambda progress: done.append((progress.done, progress.total)),
+        boundary={"thresholds": [3]},
+        multi_scale=several,
+    )
+    names = ("mIoU", "pixel_accuracy", "mean_accuracy")
+    assert {f"{name}_ms": alone[name] for name in names}.items() <= both.items()
+    assert plain["mIoU"] != alone["mIoU"], "the two protocols differ"
+    measured = {"images_per_s", "protocol"}
+    same = {name: value for name, value in plain.items() if name not in measured}
+    assert same.items() <= both.items()
+    assert set(both) == {*plain, *(f"{name}_ms" for name in names)}
+    described = f"_ms: {alone['protocol']}; boundary F within 3 px"
+    assert both["protocol"] == f"whole image, single scale (multiple 32); {described}"
+    assert done[-1] == (14, 14)
 
 
 def test_a_predictor_follows_the_protocol(model_dir: Path, shards: Path) -> None:

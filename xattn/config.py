@@ -141,6 +141,8 @@ class EvaluateConfig(ProtocolConfig):
 
     Args:
         segmentation: how images are shown to a segmentation model.
+        multi_scale: how they are shown to it a second time, for scores whose names end in "_ms";
+            boundaries and crops are scored by `segmentation` alone. None leaves it out.
         classification: how they are shown to a classifier.
         boundary: the boundary scores to take of a segmentation model; None for none.
         crops: (height, width) of distance crops that are scored beside the whole image, px.
@@ -151,6 +153,7 @@ class EvaluateConfig(ProtocolConfig):
     """
 
     segmentation: SegmentationProtocol
+    multi_scale: SegmentationProtocol | None = None
     classification: ClassificationEval
     boundary: BoundaryConfig | None = None
     crops: tuple[Size, ...] = ()

@@ -22,6 +22,7 @@ from xattn.data.loader import build_eval_loader
 from xattn.errors import ConfigError, DataError, UnknownNameError
 from xattn.evaluate.inference import (
     ClassificationScores,
+    SegmentationProtocol,
     metrics_of,
     score_classification,
     score_segmentation,
@@ -76,21 +77,27 @@ def evaluate_model(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     pictures = _Pictures(index, config, draft / "pictures")
-    watch = _Watch(num_images, on_progress)
+    again = config.multi_scale if is_segmentation else None
+    watch = _Watch(num_images * (1 if again is None else 2), on_progress)
 
     def on_batch(batch: Batch, prediction: Tensor) -> None:
         pictures.keep(batch, prediction)
         watch.add(len(batch.keys))
 
     scores = _score(predictor, index, config, on_batch)
+    images, rate = watch.done, watch.rate
+    named = _metrics(scores, small_ids)
+    if again is not None:
+        second = _score_again(predictor, index, config, again, watch)
+        named |= {f"{name}_ms": value for name, value in _metrics(second, small_ids).items()}
     metrics = {
         "run": card["run"],
         "dataset": card["dataset"],
         "split": config.split,
-        "images": watch.done,
+        "images": images,
         "protocol": _protocol(config, is_segmentation),
-        **{name: round(value, 6) for name, value in _metrics(scores, small_ids).items()},
-        "images_per_s": round(watch.rate, 2),
+        **{name: round(value, 6) for name, value in named.items()},
+        "images_per_s": round(rate, 2),
         "device": _device_name(predictor.device),
     }
     write_text(draft / "per_class.csv", per_class_csv(scores, index.info.class_names))
@@ -202,6 +209,27 @@ def _score(
     )
 
 
+def _score_again(
+    predictor: Predictor,
+    index: ShardIndex,
+    config: EvaluateConfig,
+    protocol: SegmentationProtocol,
+    watch: _Watch,
+) -> SegmentationScores:
+    """Score a segmenter on the configured split by another protocol, classes alone."""
+    recipe, task = predictor.recipe, predictor.recipe.task
+    loader = build_eval_loader(index, config.split, task, protocol.of_loader, batch=config.batch)
+    return score_segmentation(
+        recipe,
+        loader,
+        index.info.num_classes,
+        predictor.device,
+        identity_mean,
+        lambda batch, _: watch.add(len(batch.keys)),
+        protocol=protocol,
+    )
+
+
 def _metrics(
     scores: SegmentationScores | ClassificationScores, small_ids: list[int]
 ) -> dict[str, float]:
@@ -235,6 +263,8 @@ def _protocol(config: EvaluateConfig, is_segmentation: bool) -> str:
         shown = ", ".join(f"{name} {value}" for name, value in settings.items())
         return f"whole image, single scale ({shown})"
     parts = [config.segmentation.describe()]
+    if config.multi_scale is not None:
+        parts.append(f"_ms: {config.multi_scale.describe()}")
     if config.boundary is not None:
         parts.append(config.boundary.describe())
     if config.crops:

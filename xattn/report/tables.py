@@ -37,6 +37,7 @@ CLASS_COLUMNS = {"segmentation": ("iou", "pixels"), "classification": ("accuracy
 
 METRICS = {
     "mIoU": "mIoU",
+    "mIoU_ms": "mIoU, multi-scale",
     "pixel_accuracy": "pixel accuracy",
     "mean_accuracy": "mean accuracy",
     "mIoU_small": "mIoU, small classes",
