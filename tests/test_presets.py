@@ -1,0 +1,633 @@
+"""Presets: the numbers are those of the papers, and every one takes real steps on tiny data.
+
+The constants here are typed from the papers, not read from the files. Tiny means: raw files in the
+layout of their owner with few, small images; sizes, steps and batches are lowered and places are
+changed, every other number stays the preset's.
+"""
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipelines.evaluate import evaluate
+from pipelines.finetune import finetune
+from pipelines.pretrain import pretrain
+from pipelines.shard import shard
+from tests.conftest import write_params
+from tests.raw_files import write_mask, write_text
+from xattn.config import Config, RunConfig, list_presets, load_config, preset_path, read_yaml
+from xattn.data.datasets.cityscapes import CLASSES
+from xattn.data.datasets.cityscapes import MASK_END as CITY_MASK
+from xattn.errors import XattnError
+from xattn.experiment import SCRATCH, Stage
+from xattn.models.weights import load_weights, save_weights
+from xattn.models.zoo import create_model, model_card
+from xattn.nn.blocks import DropPath
+from xattn.storage import sha256_file, sha256_json, write_json
+from xattn.train.optim import build_optimizer, lr_at
+
+HILA = [name for name in list_presets() if name.startswith("hila-")]
+CITYSCAPES = [name for name in HILA if "cityscapes" in name]
+MIT_TUNED = [*CITYSCAPES, "hila-ade20k", "hila-celebamask"]
+IMAGENET = ["hila-imagenet", "hila-ablations-imagenet"]
+PRETRAINED_BY = {
+    run: spec
+    for preset in IMAGENET
+    for run, spec in load_config(preset_path(preset)).pretrain_runs.items()
+}
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+PVT = {  # spec HILA 4.1
+    "seed": 1,
+    "pretrain.order.repeats": 3,
+    "pretrain.augment.size": 224,
+    "pretrain.augment.scale": (0.08, 1.0),
+    "pretrain.augment.interpolation": "bicubic",
+    "pretrain.augment.flip": 0.5,
+    "pretrain.augment.colour_jitter": 0.0,
+    "pretrain.augment.rand_augment.num_operations": 2,
+    "pretrain.augment.rand_augment.probability": 0.5,
+    "pretrain.augment.rand_augment.magnitude": 9.0,
+    "pretrain.augment.rand_augment.magnitude_std": 0.5,
+    "pretrain.augment.random_erasing.probability": 0.25,
+    "pretrain.mix.mixup": 0.8,
+    "pretrain.mix.cutmix": 1.0,
+    "pretrain.mix.switch": 0.5,
+    "pretrain.mix.probability": 1.0,
+    "pretrain.mix.label_smoothing": 0.1,
+    "pretrain.fit.steps": 300 * 1251,
+    "pretrain.fit.global_batch": 8 * 128,
+    "pretrain.fit.clip_norm": None,
+    "pretrain.optim.lr": 5e-4 * 1024 / 512,
+    "pretrain.optim.weight_decay": 0.05,
+    "pretrain.optim.betas": (0.9, 0.999),
+    "pretrain.optim.schedule": "cosine",
+    "pretrain.optim.min_lr": 1e-5,
+    "pretrain.optim.warmup_steps": 5 * 1251,
+    "pretrain.optim.update_every_steps": 1251,
+    "pretrain.optim.head_lr_multiplier": 1.0,
+    "pretrain.optim.decay_vectors": False,
+    "evaluate.split": "val",
+    "evaluate.classification.size": 224,
+    "evaluate.classification.resize": 256,
+    "cluster.workers": 8,
+}
+SEGFORMER = {  # spec HILA 4.2, what both data sets share
+    "seed": 1,
+    "finetune.augment.ratio": (0.5, 2.0),
+    "finetune.augment.class_cap": 0.75,
+    "finetune.augment.flip": 0.5,
+    "finetune.augment.photometric": True,
+    "finetune.loss": {"normalise": "all"},
+    "finetune.fit.precision": "fp32",
+    "finetune.fit.clip_norm": None,
+    "finetune.fit.steps": 160_000,
+    "finetune.optim.lr": 6e-5,
+    "finetune.optim.betas": (0.9, 0.999),
+    "finetune.optim.weight_decay": 0.01,
+    "finetune.optim.no_decay": ("norm",),
+    "finetune.optim.decay_vectors": True,
+    "finetune.optim.head_lr_multiplier": 10.0,
+    "finetune.optim.schedule": "poly",
+    "finetune.optim.power": 1.0,
+    "finetune.optim.min_lr": 0.0,
+    "finetune.optim.warmup_steps": 1500,
+    "finetune.optim.warmup_start": 1e-6,
+    "finetune.optim.update_every_steps": 1,
+    "evaluate.segmentation.ratios": (1.0,),
+    "evaluate.segmentation.flip": False,
+}
+ADE20K = {
+    "finetune.augment.base": (512, 2048),
+    "finetune.augment.crop": (512, 512),
+    "finetune.fit.global_batch": 16,
+    "finetune.validate_on.transform.base": (512, 2048),
+    "finetune.validate_on.transform.multiple": 32,
+    "evaluate.split": "val",
+    "evaluate.segmentation.base": (512, 2048),
+    "evaluate.segmentation.multiple": 32,
+    "evaluate.segmentation.window": None,
+    "evaluate.multi_scale.base": (512, 2048),
+    "evaluate.multi_scale.multiple": 32,
+    "evaluate.multi_scale.ratios": (0.75, 0.875, 1.0, 1.125, 1.25),
+    "evaluate.multi_scale.flip": True,
+    "evaluate.multi_scale.average": "probabilities",
+    "evaluate.boundary.image_thresholds": (3.0,),
+}
+
+
+def on_cityscapes(
+    base: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Return the numbers of a resolution; without a stride the image is seen whole."""
+    windows = {
+        f"evaluate.{part}.window{end}": value
+        for part in ("segmentation", "multi_scale")
+        for end, value in ((".crop", crop), (".stride", stride))
+    }
+    whole = {"evaluate.segmentation.window": None, "evaluate.multi_scale.window": None}
+    return {
+        **SEGFORMER,
+        "finetune.augment.base": base,
+        "finetune.augment.crop": crop,
+        "finetune.fit.global_batch": 8,
+        "evaluate.split": "val",
+        "evaluate.segmentation.base": base,
+        "evaluate.multi_scale.base": base,
+        "evaluate.multi_scale.ratios": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
+        "evaluate.multi_scale.flip": True,
+        "evaluate.multi_scale.average": "probabilities",
+        "evaluate.boundary.numbers": (0.00088, 0.001875, 0.00375, 0.005),
+        **(windows if stride else whole),
+    }
+
+
+FULL = on_cityscapes((1024, 2048), (1024, 1024), (768, 768))
+CROPS = {"evaluate.crops": ((624, 1248), (424, 848), (224, 448))}  # spec HILA 5.4
+NUMBERS: dict[str, dict[str, Any]] = {
+    "hila-imagenet": PVT,
+    "hila-ablations-imagenet": PVT,
+    "hila-ade20k": {**SEGFORMER, **ADE20K},
+    "hila-cityscapes": {**FULL, **CROPS},
+    "hila-cityscapes-b2": {
+        **FULL,
+        **CROPS,
+        "finetune.fit.steps": 320_000,
+        "finetune.fit.global_batch": 4,
+    },
+    "hila-ablations-cityscapes": FULL,
+    "hila-cityscapes-768": on_cityscapes((768, 1536), (768, 768), (768, 768)),
+    "hila-cityscapes-640": on_cityscapes((640, 1280), (640, 1280), None),
+    "hila-cityscapes-512": on_cityscapes((512, 1024), (512, 1024), None),
+    "hila-celebamask": {  # spec HILA 4.4
+        **SEGFORMER,
+        "finetune.augment.base": (256, 256),
+        "finetune.augment.crop": (256, 256),
+        "finetune.fit.global_batch": 16,
+        "datasets.celebamask.shards.images.max_side": 256,
+        "evaluate.split": "test",
+    },
+}
+
+
+def number_at(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        value = value[key] if isinstance(value, dict) else getattr(value, key)
+    return value
+
+
+@pytest.mark.parametrize("preset", HILA)
+def test_numbers_are_the_paper_s(preset: str) -> None:
+    config = load_config(preset_path(preset))
+    found = {dotted: number_at(config, dotted) for dotted in NUMBERS[preset]}
+    assert found == NUMBERS[preset]
+
+
+def test_the_rates_of_pretraining_by_hand() -> None:
+    """An epoch at 1e-6, four more on a straight line to 1e-3, then the cosine by whole epochs."""
+    fit, optim = (
+        getattr(load_config(preset_path(IMAGENET[0])).pretrain, k) for k in ("fit", "optim")
+    )
+    rates = [lr_at(epoch * 1251, fit.steps, optim) for epoch in range(300)]
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[1] == pytest.approx(1e-6 + (1e-3 - 1e-6) / 5, rel=1e-3)  # times the cosine
+    for epoch in (5, 150, 299):
+        cosine = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 300)) / 2
+        assert rates[epoch] == pytest.approx(cosine)
+        assert lr_at(epoch * 1251 + 1250, fit.steps, optim) == rates[epoch]
+
+
+@pytest.mark.parametrize("preset", MIT_TUNED)
+def test_the_rates_of_fine_tuning_by_hand(preset: str) -> None:
+    fit, optim = (getattr(load_config(preset_path(preset)).finetune, k) for k in ("fit", "optim"))
+    assert lr_at(0, fit.steps, optim) == pytest.approx(6e-5 * 1e-6)
+    half = 0.5 * (1 + 1e-6) * (1 - 750 / fit.steps)
+    assert lr_at(750, fit.steps, optim) == pytest.approx(6e-5 * half)
+    assert lr_at(1500, fit.steps, optim) == pytest.approx(6e-5 * (1 - 1500 / fit.steps))
+    assert lr_at(fit.steps - 1, fit.steps, optim) == pytest.approx(6e-5 / fit.steps)
+
+
+def test_the_ablations_keep_the_recipe_of_what_they_ablate() -> None:
+    models, backbones = (load_config(preset_path(name)) for name in IMAGENET)
+    assert backbones.pretrain == models.pretrain
+    whole, ablated, wide = (
+        load_config(preset_path(f"hila-{name}"))
+        for name in ("cityscapes", "ablations-cityscapes", "cityscapes-b2")
+    )
+    assert ablated.finetune == whole.finetune
+    assert wide.evaluate == whole.evaluate
+    shared = whole.runs.keys() & ablated.runs.keys()
+    assert {"segformer_b1", "hila_segformer_b1_s3", "hila_segformer_b1_s234"} <= shared
+    for run in shared:
+        assert ablated.runs[run] == whole.runs[run], "the same job, which is not trained twice"
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def runs_of(preset: str) -> dict[str, RunConfig]:
+    config = load_config(preset_path(preset))
+    return {**config.pretrain_runs, **config.runs}
+
+
+HIGH: dict[str, dict[str, Any]] = {
+    "b0_s3": {},
+    "b1_s3": {},
+    "b1_s234": {},
+    # Table 7b, of which table 7a varies the constants.
+    "b0_s3_unshared": {"share": False},
+    "b0_s3_unshared_a10_b10": {"share": False, "alpha": 1.0, "beta": 1.0},
+    "b0_s3_unshared_a02_b08": {"share": False, "alpha": 0.2, "beta": 0.8},
+    "b0_s3_unshared_a08_b02": {"share": False, "alpha": 0.8, "beta": 0.2},
+    # Table 3.
+    "b1_s2": {"stages": [2]},
+    "b1_s4": {"stages": [4]},
+    "b1_s34": {"stages": [3, 4]},
+    "b1_s234_up": {"top_down": False},
+    # Table 7d.
+    "b1_s234_p2": {"patch": 2},
+    "b1_s234_p6": {"patch": 6},
+}
+"""HILA models that are pretrained with HILA: what differs from the published ones."""
+LIKE = {"b1_s2": "b1_s3", "b1_s4": "b1_s3", "b1_s34": "b1_s234"}
+"""Published models by another name than the run's begins with."""
+NARROW = {"head_width": 128}
+STRIDES = {"": {}, "_stride2": {"stride": [1, 2, 1]}, "_stride1": {"stride": [1, 1, 1]}}
+CONSTANTS = {"a10_b10": (1.0, 1.0), "a02_b08": (0.2, 0.8), "a08_b02": (0.8, 0.2)}
+
+
+def low(size: str) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    return {f"segformer_{size}": (f"segformer_{size}", f"mit_{size}", {})}
+
+
+def high(*names: str) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Return (model, initial weights, overrides) of runs that are pretrained with HILA."""
+    return {
+        f"hila_segformer_{name}": (
+            f"hila_segformer_{LIKE.get(name, '_'.join(name.split('_')[:2]))}",
+            f"hila_mit_{name}",
+            HIGH[name],
+        )
+        for name in names
+    }
+
+
+def plain(*names: str) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Return the same of runs whose backbone was pretrained as plain MiT."""
+    return {
+        f"hila_segformer_{name}_plain": (f"hila_segformer_{name}", f"mit_{name[:2]}", {})
+        for name in names
+    }
+
+
+B2 = "hila_segformer_b2_s234"
+TABLE_1 = {
+    **low("b0"), **plain("b0_s3"), **high("b0_s3"),
+    **low("b1"), **plain("b1_s3", "b1_s234"), **high("b1_s3", "b1_s234"),
+    **low("b2"),
+}  # fmt: skip
+FACES = {"segformer_b2": ("segformer_b2", SCRATCH, NARROW), B2: (B2, SCRATCH, NARROW)}
+RUNS = {
+    "hila-ade20k": {**TABLE_1, B2: (B2, "mit_b2", {}), **high("b0_s3_unshared")},
+    "hila-cityscapes": TABLE_1,
+    "hila-cityscapes-b2": {B2 + end: (B2, "mit_b2", over) for end, over in STRIDES.items()},
+    **{f"hila-cityscapes-{side}": {**low("b0"), **high("b0_s3")} for side in (768, 640, 512)},
+    "hila-ablations-cityscapes": {**low("b1"), **high(*HIGH)},
+    "hila-celebamask": FACES
+    | {
+        f"{B2}_{end}": (B2, SCRATCH, {**NARROW, "alpha": alpha, "beta": beta})
+        for end, (alpha, beta) in CONSTANTS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("preset", RUNS)
+def test_runs_are_the_papers_rows(preset: str) -> None:
+    runs = load_config(preset_path(preset)).runs
+    found = {
+        name: (
+            spec.model,
+            spec.init.removeprefix("results/pretrain/").removesuffix("/model.json"),
+            spec.overrides,
+        )
+        for name, spec in runs.items()
+    }
+    assert found == RUNS[preset]
+
+
+def test_what_is_pretrained() -> None:
+    found = {name: (spec.model, spec.overrides) for name, spec in PRETRAINED_BY.items()}
+    wanted: dict[str, Any] = {f"mit_{size}": (f"mit_{size}", {}) for size in ("b0", "b1", "b2")}
+    for model, init, overrides in high(*HIGH).values():
+        wanted[init] = (model.replace("segformer", "mit"), overrides)
+    assert found == wanted
+
+
+def shapes_of(spec: RunConfig, num_classes: int) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = create_model(spec.model, num_classes=num_classes, **spec.overrides)
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("preset", "run"), [(preset, run) for preset in HILA for run in runs_of(preset)]
+)
+def test_every_run_builds_and_its_initial_weights_fit(preset: str, run: str) -> None:
+    spec = runs_of(preset)[run]
+    own = {k.removeprefix("backbone."): v for k, v in shapes_of(spec, 19).items()}
+    if not spec.init.startswith("results/pretrain/"):
+        assert spec.init == SCRATCH
+        return
+    source = PRETRAINED_BY[spec.init.split("/")[2]]
+    given = shapes_of(source, 1000)
+    given = {k.removeprefix("backbone."): v for k, v in given.items() if not k.startswith("head.")}
+    common = own.keys() & given.keys()
+    assert {key: own[key] for key in common} == {key: given[key] for key in common}
+    lacking = {key for key in own if not key.startswith("head.")} - given.keys()
+    if source.model.startswith("hila"):  # the very backbone
+        assert own.keys() >= given.keys()
+        assert not lacking
+    else:  # all but what HILA adds, which then starts from its own block
+        assert all(key.startswith("exchanges.") for key in lacking)
+
+
+@pytest.mark.parametrize(
+    "model", ["segformer_b0", "hila_segformer_b0_s3", "hila_segformer_b2_s234"]
+)
+def test_drop_path_and_groups_of_fine_tuning(model: str) -> None:
+    """SegFormer's rule goes by names; said here by kinds: what is a LayerNorm is not decayed."""
+    optim = load_config(preset_path("hila-ade20k")).finetune.optim
+    with torch.device("meta"):
+        built = create_model(model, num_classes=150)
+        optimizer = build_optimizer(built, optim)
+    rates = [part.rate for part in built.modules() if isinstance(part, DropPath)]
+    assert max(rates) == pytest.approx(0.1)
+    norms = {
+        id(parameter)
+        for part in built.modules()
+        if isinstance(part, torch.nn.LayerNorm)
+        for parameter in part.parameters()
+    }
+    head = {id(parameter) for parameter in built.head.parameters()}
+    seen = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.0 if id(parameter) in norms else 0.01)
+            assert group["multiplier"] == (10.0 if id(parameter) in head else 1.0)
+            seen += 1
+    assert seen == len(list(built.parameters()))
+
+
+@pytest.mark.parametrize("model", ["mit_b0", "hila_mit_b0_s3"])
+def test_drop_path_and_groups_of_pretraining(model: str) -> None:
+    optim = load_config(preset_path("hila-imagenet")).pretrain.optim
+    with torch.device("meta"):
+        built = create_model(model, num_classes=1000)
+        optimizer = build_optimizer(built, optim)
+    rates = [part.rate for part in built.modules() if isinstance(part, DropPath)]
+    assert max(rates) == pytest.approx(0.1)
+    for group in optimizer.param_groups:
+        assert group["multiplier"] == 1.0
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0.0)
+
+
+# ---- raw files, as their owners have them, of few and small images -------------------------------
+
+
+def draw(path: Path, size: tuple[int, int], number: int) -> None:
+    """Write an image of noise, (width, height) in px."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+def blocks(size: tuple[int, int], ids: Any, number: int) -> Any:
+    """Return a mask of (height, width) made of 16 px squares of these ids."""
+    grid = np.random.default_rng(number).choice(ids, (-(-size[1] // 16), -(-size[0] // 16)))
+    return np.kron(grid, np.ones((16, 16), np.uint8))[: size[1], : size[0]]
+
+
+def make_ade20k(root: Path) -> None:
+    for folder, count in (("training", 3), ("validation", 2)):
+        for number in range(count):
+            name, size = f"{folder}/ADE_{number:08}", (96, 72 - number)
+            draw(root / f"images/{name}.jpg", size, number)
+            write_mask(root / f"annotations/{name}.png", blocks(size, range(151), number))
+
+
+def make_cityscapes(root: Path) -> None:
+    size = (512, 256)  # px; the distance crops need more than 50 of them above and below
+    ids = [0, *(label_id for label_id, _ in CLASSES.values())]
+    for split, count in (("train", 2), ("val", 1)):
+        for number in range(count):
+            name = f"{split}/ulm/ulm_{number:06}_000019"
+            draw(root / f"leftImg8bit/{name}_leftImg8bit.png", size, number)
+            write_mask(root / f"gtFine/{name}{CITY_MASK}", blocks(size, ids, number))
+
+
+def make_celebamask(root: Path) -> None:
+    numbers = {0: 5, 1: 162770, 2: 162771, 3: 182638}  # train, train, val, test
+    lines = "".join(f"{n} {in_celeba} {n:06}.jpg\n" for n, in_celeba in numbers.items())
+    write_text(root / "CelebA-HQ-to-CelebA-mapping.txt", f"idx orig_idx orig_file\n{lines}")
+    for number in numbers:
+        draw(root / f"CelebA-HQ-img/{number}.jpg", (96, 96), number)
+        for part in ("skin", "hair", "nose"):
+            seen = 255 * blocks((48, 48), [0, 1], number + len(part))
+            write_mask(root / f"CelebAMask-HQ-mask-anno/0/{number:05}_{part}.png", seen)
+
+
+def make_imagenet(root: Path) -> None:
+    for wnid in ("n02012849", "n02102480", "n03126707"):
+        for split, count in (("train", 12), ("val", 2)):
+            for number in range(count):
+                draw(root / f"{split}/{wnid}/{wnid}_{split}_{number}.JPEG", (48, 40), number)
+
+
+def make_camvid(root: Path) -> None:
+    for split in ("train", "val", "test"):
+        lines = [f"{split}/f{n}.png {split}annot/f{n}.png" for n in range(2)]
+        write_text(root / f"{split}.txt", "\n".join(lines) + "\n")
+        for number in range(2):
+            draw(root / f"{split}/f{number}.png", (96, 72), number)
+            write_mask(root / f"{split}annot/f{number}.png", blocks((96, 72), range(12), number))
+
+
+def make_folder(root: Path) -> None:
+    for split in ("train", "val", "test"):
+        for name in ("glass", "paper"):
+            for number in range(3):
+                draw(root / f"{split}/{name}/{number}.jpg", (48, 40), number)
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "ade20k": make_ade20k,
+    "camvid": make_camvid,
+    "celebamask": make_celebamask,
+    "cityscapes": make_cityscapes,
+    "folder": make_folder,
+    "imagenet": make_imagenet,
+}
+FEW = {"train": 4, "val": 2, "test": 2, "image_size": [64, 64]}  # of drawn scenes
+FEW_SETTINGS = {"imagenet": {"classes": 3}}
+
+
+# ---- real steps ---------------------------------------------------------------------------------
+
+SIZES = {"base", "crop", "stride", "size", "resize"}
+
+
+def shrink(section: Any, factor: float) -> Any:
+    """Return a section with every size divided by a factor."""
+    if not isinstance(section, dict):
+        return section
+    return {
+        key: scaled(value, factor) if key in SIZES else shrink(value, factor)
+        for key, value in section.items()
+    }
+
+
+def scaled(value: Any, factor: float) -> Any:
+    if isinstance(value, list):
+        return [scaled(item, factor) for item in value]
+    return max(1, round(value / factor))
+
+
+def lower(stage: dict[str, Any], factor: float, batch: int) -> dict[str, Any]:
+    """Return a stage's recipe with lower sizes, steps and batches."""
+    stage = shrink(stage, factor)
+    stage["fit"] |= {"steps": 2, "log_every_steps": 1, "checkpoint_every_steps": 2}
+    stage["fit"]["global_batch"] = batch
+    # After the first step, whose rate is next to nothing, comes one at half the peak.
+    stage["optim"] |= {"warmup_steps": 1, "update_every_steps": 1}
+    stage["validate_on"] |= {"batch": 2, "every_steps": 2}
+    return stage
+
+
+def miniature(preset: str, raw: Path) -> dict[str, Any]:
+    params = read_yaml(preset_path(preset))
+    for dataset in params["datasets"].values():
+        if dataset["reader"] == "synthetic":
+            dataset["settings"] |= FEW
+        else:
+            dataset["root"] = str(raw / dataset["reader"])
+            dataset["settings"] = FEW_SETTINGS.get(dataset["reader"], {})
+    of_class = params["pretrain"]["augment"]["size"] / 32
+    of_crop = max(params["finetune"]["augment"]["crop"]) / 64
+    # More than the order has partitions, so that images are mixed.
+    params["pretrain"] = lower(params["pretrain"], of_class, 26)
+    params["finetune"] = lower(params["finetune"], of_crop, 2)
+    evaluation = params["evaluate"]
+    evaluation["classification"] = shrink(evaluation["classification"], of_class)
+    for name in ("segmentation", "multi_scale"):
+        if name in evaluation:
+            evaluation[name] = shrink(evaluation[name], of_crop)
+    if "crops" in evaluation:  # the images have a quarter of their sides
+        evaluation["crops"] = scaled(evaluation["crops"], 4)
+    evaluation |= {"batch": 2, "device": "cpu", "pictures": 1}
+    params["cluster"] |= {"backend": "process", "workers": 1, "device": "cpu"}
+    params["tracking"]["enabled"] = False
+    return params
+
+
+def smallest(runs: dict[str, RunConfig]) -> str:
+    """Return the name of the smallest HILA run, or of the smallest where there is none."""
+    cards = {name: model_card(spec.model) for name, spec in runs.items()}
+    return min(cards, key=lambda name: (cards[name].system != "HILA", cards[name].params))
+
+
+def lay_weights(init: str, base: Path) -> None:
+    """Put random weights where another preset's pretraining would have left its own."""
+    name = init.split("/")[2]
+    folder = (base / init).parent
+    folder.mkdir(parents=True)
+    spec = PRETRAINED_BY[name]
+    torch.manual_seed(0)
+    weights = folder / "model.safetensors"
+    save_weights(create_model(spec.model, num_classes=1000, **spec.overrides), weights)
+    card = {"weights": weights.name, "weights_sha256": sha256_file(weights)}
+    write_json(base / init, card)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Make every raw folder; gives it, and a folder that keeps the shards of each preset's data."""
+    raw = tmp_path_factory.mktemp("raw")
+    for reader, make in MAKERS.items():
+        make(raw / reader)
+    return raw, tmp_path_factory.mktemp("shards")
+
+
+def use_shards(name: str, dataset: dict[str, Any], base: Path, kept: Path) -> None:
+    """Shard a data set of the project, once for all presets that have it."""
+    common = kept / sha256_json({name: dataset})
+    place = base / "data" / "shards" / name
+    if not common.exists():
+        shard(name, base, jobs=1)
+        place.rename(common)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(common)
+
+
+@pytest.mark.parametrize("preset", list_presets())
+def test_real_steps_and_the_protocol_on_tiny_data(
+    preset: str, places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, kept = places
+    monkeypatch.chdir(tmp_path)
+    params = miniature(preset, raw)
+    config = load_config(write_params(tmp_path, params))
+    stage: Stage = "finetune" if config.runs else "pretrain"
+    runs = config.runs or config.pretrain_runs
+    run = smallest(runs)
+    use_shards(runs[run].dataset, params["datasets"][runs[run].dataset], tmp_path, kept)
+    init = runs[run].init
+    if init.startswith("results/"):
+        source = init.split("/")[2]
+        if source in config.pretrain_runs:
+            name = config.pretrain_runs[source].dataset
+            use_shards(name, params["datasets"][name], tmp_path, kept)
+            pretrain(source, tmp_path)
+        else:
+            lay_weights(init, tmp_path)
+
+    folder = (finetune if stage == "finetune" else pretrain)(run, tmp_path)
+    with (folder / "curve.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+    if init.startswith("results/"):
+        before = load_file((tmp_path / init).with_name("model.safetensors"))
+        after = load_file(folder / "model.safetensors")
+        kept_keys = [key for key in before if key in after and not key.startswith("head.")]
+        moved = sum(not torch.equal(before[key], after[key]) for key in kept_keys)
+        assert moved > 0.95 * len(kept_keys), "a step at half the rate moves (almost) every weight"
+
+    metrics = evaluate(run, tmp_path, stage)
+    wanted = {"mIoU"} if stage == "finetune" else {"top1"}
+    if config.evaluate.multi_scale is not None:
+        wanted.add("mIoU_ms")
+    if config.evaluate.boundary is not None and stage == "finetune":
+        wanted.add("boundary_F")
+        wanted |= {f"boundary_F_{h}x{w}" for h, w in config.evaluate.crops}
+        wanted |= {"image_boundary_F"} if config.evaluate.boundary.image_thresholds else set()
+    assert all(0 <= metrics[name] <= 1 for name in wanted)
+    assert ("mIoU_ms" in metrics) == (config.evaluate.multi_scale is not None)
+
+
+def test_weights_of_another_backbone_do_not_slip_in() -> None:
+    """What the test of initial weights rules out is refused: a patch of 6 is not one of 4."""
+    model = create_model("hila_segformer_b1_s234", num_classes=19)
+    other = create_model("hila_mit_b1_s234", num_classes=1000, patch=6)
+    with pytest.raises(XattnError, match="is it another variant"):
+        load_weights(model, other.state_dict())
