@@ -65,7 +65,7 @@ def measure(batch: int, side: int, turns: int, steps: int, precision: str) -> di
                 with _autocast(precision, device):
                     loss = step(images, labels)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
