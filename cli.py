@@ -358,12 +358,15 @@ def bench_attention(
     ] = None,
     turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each form.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Ours under torch.compile too; takes minutes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare HILA's inter-level attention with the listing of its paper, forward and backward."""
     from benchmarks.attention import measure
 
-    result = measure(sides or [512, 1024], turns, threads)
+    result = measure(sides or [512, 1024], turns, threads, compiled)
     if as_json:
         _print_json(result)
         return

@@ -35,22 +35,26 @@ Form = Callable[[Attention, Tensor, Tensor], Tensor]
 """(attention, target, source) -> what to add to the target."""
 
 
-def measure(sides: list[int], turns: int, threads: int | None = None) -> dict[str, Any]:
+def measure(
+    sides: list[int], turns: int, threads: int | None = None, compiled: bool = False
+) -> dict[str, Any]:
     """Time both forms and measure their memory.
 
     Args:
         sides: heights and widths of square images, in pixels; multiples of 32.
         turns: turns of each form, interleaved.
         threads: torch's threads; on a machine that others use too, one gives steadier figures.
+        compiled: whether to time ours under torch.compile too, which takes minutes to compile.
 
     Returns:
         For each side milliseconds (sum over the pairs) and MiB (of the pair that takes most) of
-        both forms, by direction and together, with the ratios listing / ours.
+        both forms, by direction and together, with the ratios listing / ours; of the compiled form
+        only the time.
     """
     device = resolve_device("auto")
     if threads is not None:
         torch.set_num_threads(threads)
-    times = {side: _all_times(side, turns, device) for side in sides}
+    times = {side: _all_times(side, turns, device, compiled) for side in sides}
     # In a process of its own: memory that the timed passes have freed would be reused unseen.
     spawn = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_return_freed_memory) as child:
@@ -65,16 +69,20 @@ def measure(sides: list[int], turns: int, threads: int | None = None) -> dict[st
     }
 
 
-def _all_times(side: int, turns: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Return for each direction both forms' milliseconds, best turns summed over the pairs."""
-    result = {direction: dict.fromkeys(_FORMS, 0.0) for direction in _DIRECTIONS}
+def _all_times(
+    side: int, turns: int, device: torch.device, compiled: bool
+) -> dict[str, dict[str, float]]:
+    """Return for each direction every form's milliseconds, best turns summed over the pairs."""
+    names = [*_FORMS, "compiled"] if compiled else [*_FORMS]
+    result = {direction: dict.fromkeys(names, 0.0) for direction in _DIRECTIONS}
     for direction, (low, high) in product(_DIRECTIONS, _PAIRS):
         attention, maps = _build(direction, low, high, side, device)
-        times: dict[str, list[float]] = {form: [] for form in _FORMS}
+        forms = {**_FORMS, "compiled": _compile(attention)} if compiled else _FORMS
+        times: dict[str, list[float]] = {form: [] for form in forms}
         for _ in range(turns + 1):  # the first turn warms up
-            for form, call in _FORMS.items():
+            for form, call in forms.items():
                 times[form].append(_time(call, attention, maps))
-        for form in _FORMS:
+        for form in forms:
             result[direction][form] += min(times[form][1:]) * 1000
     return result
 
@@ -93,22 +101,25 @@ def _all_peaks(side: int, device: torch.device) -> dict[str, dict[str, float]]:
 def _figures(
     ms: dict[str, dict[str, float]], peak: dict[str, dict[str, float]]
 ) -> dict[str, dict[str, float]]:
-    both_ms = {form: sum(part[form] for part in ms.values()) for form in _FORMS}
+    forms = next(iter(ms.values()))
+    both_ms = {form: sum(part[form] for part in ms.values()) for form in forms}
     both_peak = {form: max(part[form] for part in peak.values()) for form in _FORMS}
-    return {
-        part: {
-            "listing_ms": round(part_ms["listing"], 2),
-            "ours_ms": round(part_ms["ours"], 2),
-            "times_faster": round(part_ms["listing"] / part_ms["ours"], 2),
-            "listing_peak_mib": round(part_peak["listing"], 1),
-            "ours_peak_mib": round(part_peak["ours"], 1),
+    figures = {}
+    for part, part_ms, part_peak in (
+        *((part, ms[part], peak[part]) for part in _DIRECTIONS),
+        ("both", both_ms, both_peak),
+    ):
+        figures[part] = {
+            **{f"{form}_ms": round(part_ms[form], 2) for form in forms},
+            **{
+                f"{form}_times_faster": round(part_ms["listing"] / part_ms[form], 2)
+                for form in forms
+                if form != "listing"
+            },
+            **{f"{form}_peak_mib": round(part_peak[form], 1) for form in _FORMS},
             "times_less_memory": round(part_peak["listing"] / part_peak["ours"], 2),
         }
-        for part, part_ms, part_peak in (
-            *((part, ms[part], peak[part]) for part in _DIRECTIONS),
-            ("both", both_ms, both_peak),
-        )
-    }
+    return figures
 
 
 def _build(
@@ -219,6 +230,12 @@ def _listing_top_down(attention: TopDownAttention, low: Tensor, high: Tensor) ->
 def _ours(attention: Attention, target: Tensor, source: Tensor) -> Tensor:
     out: Tensor = attention(target, source)
     return out
+
+
+def _compile(attention: Attention) -> Form:
+    torch.compiler.reset()  # forget the pair before
+    call = torch.compile(attention, dynamic=False, fullgraph=True)
+    return lambda _, target, source: call(target, source)
 
 
 _FORMS: dict[str, Form] = {"listing": listing, "ours": _ours}

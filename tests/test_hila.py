@@ -313,3 +313,11 @@ def test_all_stages_strides_and_patches_run():
         (24, 5, 7),
         (32, 3, 4),
     ]
+
+
+def test_compiles_without_a_graph_break():
+    overrides = {"stages": (2, 3, 4), "drop_path": 0.0, "dropout": 0.0}
+    model = create_model("hila_segformer_b0_s3", num_classes=5, **overrides)
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
