@@ -41,6 +41,50 @@ def test_parameter_counts_are_the_reference_codes(name, overrides, of_19, of_150
         assert model.head.idle_params == 129 * num_classes
 
 
+UPERNET = [
+    ("upernet_swin_t", {}, 59_840_992, 59_941_862, 0),
+    ("hila_upernet_swin_t_s234", {}, 68_434_909, 68_535_779, 6),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "of_19", "of_150", "attentions"), UPERNET)
+def test_parameter_counts_of_swin(name, overrides, of_19, of_150, attentions):
+    frozen = (
+        (96 + 192 + 384) * 2 if attentions else 0
+    )  # norms, which the reference code trains idly
+    for num_classes, params in ((19, of_19), (150, of_150)):
+        model = build(name, num_classes, overrides)
+        assert count_params(model) == params - 16 * attentions - frozen
+        assert sum(one.numel() for one in model.parameters()) == params - 16 * attentions
+
+
+def test_swin_classifier_is_the_published_one():
+    assert model_card("swin_t").params == 28_288_354
+    assert model_card("swin_t").macs / 1e9 == pytest.approx(4.5, rel=1e-3)
+
+
+SWIN_PAIRS = {  # top-down, bottom-up, low block, low norm
+    "2": (95_552, 208_640, 112_347, 192),
+    "3": (375_392, 822_752, 445_878, 384),
+    "4": (1_488_032, 3_267_488, 1_776_492, 768),
+}
+
+
+@pytest.mark.parametrize("stage", SWIN_PAIRS)
+def test_parts_of_each_pair_of_swin(stage):
+    exchange = build("hila_upernet_swin_t_s234", 1, {}).backbone.exchanges[stage]
+    parts = (exchange.top_down, exchange.bottom_up, exchange.low_block, exchange.low_norm)
+    down, up, block, norm = SWIN_PAIRS[stage]
+    assert [count_params(part) for part in parts] == [down - 16, up - 16, block, norm]
+
+
+@pytest.mark.parametrize(
+    ("name", "giga_macs"), [("upernet_swin_t", 235.7), ("hila_upernet_swin_t_s234", 266.02)]
+)
+def test_macs_of_upernet_are_near_the_papers(name, giga_macs):
+    assert model_card(name).macs / 1e9 == pytest.approx(giga_macs, rel=5e-3)
+
+
 def test_full_depths_of_b2():
     mit = {"dims": (64, 128, 320, 512), "heads": (1, 2, 5, 8), "sr_ratios": (8, 4, 2, 1)}
     with ShapesOnly():

@@ -38,10 +38,10 @@ def segformer():
 
 
 # The larger sizes have the same code: one small size or two of each family run forward and back.
-QUICK = [name for name in list_models() if re.search(r"_b[01]", name)]
+QUICK = [name for name in list_models() if re.search(r"_b[01]|swin", name)]
 
 
-@pytest.mark.parametrize("name", [name for name in QUICK if "segformer" in name])
+@pytest.mark.parametrize("name", [name for name in QUICK if name in list_models("segmentation")])
 @pytest.mark.parametrize(("height", "width"), [(72, 104), (65, 97)])
 def test_segmenter_shapes_at_odd_sizes(name, height, width):
     model = create_model(name, num_classes=5).eval()
@@ -52,7 +52,7 @@ def test_segmenter_shapes_at_odd_sizes(name, height, width):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in QUICK if "segformer" not in name])
+@pytest.mark.parametrize("name", [name for name in QUICK if name in list_models("classification")])
 def test_classifier_shape(name):
     with torch.no_grad():
         logits = create_model(name, num_classes=7).eval()(images(2, 3, 65, 97))
@@ -72,7 +72,9 @@ UNUSUAL = [
 @pytest.mark.parametrize(("name", "overrides"), [*((name, {}) for name in QUICK), *UNUSUAL])
 def test_every_trainable_parameter_gets_a_finite_gradient(name, overrides):
     model = create_model(name, num_classes=5, drop_path=0.0, **overrides).train()
-    model(images(2, 3, 64, 96)).square().mean().backward()
+    outputs = model(images(2, 3, 64, 96))
+    every = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(logits.square().mean() for logits in every).backward()
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, key
@@ -226,8 +228,15 @@ def test_lists_filter_by_task_and_system():
         *(f"mit_{size}" for size in sizes),
         *(f"segformer_{size}" for size in sizes),
     ]
-    assert list_models("segmentation", "HILA") == [f"hila_segformer_{row}" for row in rows]
-    assert list_models("classification", "HILA") == [f"hila_mit_{row}" for row in rows]
+    assert list_models("segmentation", "HILA") == [
+        *(f"hila_segformer_{row}" for row in rows),
+        "hila_upernet_swin_t_s234",
+    ]
+    assert list_models("classification", "HILA") == [
+        *(f"hila_mit_{row}" for row in rows),
+        "hila_swin_t_s234",
+    ]
+    assert list_models(system="Swin") == ["swin_t", "upernet_swin_t"]
 
 
 @pytest.mark.parametrize(
@@ -256,6 +265,7 @@ def test_lists_filter_by_task_and_system():
         ("hila_segformer_b0_s3", {"stages": [1]}, r"stages: found \[1\]"),
         ("hila_segformer_b0_s3", {"stages": 3}, "stages: found 3, expected a list"),
         ("hila_segformer_b0_s3", {"stride": 2}, "no top-down update"),
+        ("upernet_swin_t", {"head_width": 0}, "head_width: found 0, expected a whole number"),
         ("hila_segformer_b0_s3", {"stride": [1, 1]}, "stride: found 2 numbers for 1 stages"),
     ],
 )

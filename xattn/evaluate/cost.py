@@ -127,6 +127,11 @@ def _summed_shape(first: Tensor, second: Any, *_: Any, **__: Any) -> Sequence[in
     return shape
 
 
+def _multiplied_shape(first: Tensor, second: Tensor) -> Sequence[int]:
+    batch = torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
+    return (*batch, first.shape[-2], second.shape[-1])
+
+
 _SHAPES: dict[Callable[..., Any], Callable[..., Sequence[int]]] = {
     F.linear: _linear_shape,
     F.layer_norm: _same_shape,
@@ -135,6 +140,7 @@ _SHAPES: dict[Callable[..., Any], Callable[..., Sequence[int]]] = {
     F.batch_norm: _same_shape,
     F.interpolate: _resized_shape,
     torch.Tensor.add: _summed_shape,
+    torch.Tensor.matmul: _multiplied_shape,
     F.scaled_dot_product_attention: _attended_shape,
     torch.conv2d: _convolved_shape,
 }

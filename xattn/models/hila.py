@@ -14,13 +14,13 @@ Shape suffixes: B batch, H W rows and columns, C channels.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from xattn.errors import ConfigError, check_choice
-from xattn.models.mit import Stage, build_stages, to_channels_last
-from xattn.nn.attention import MixBlock
+from xattn.models.mit import build_stages
+from xattn.models.pyramid import Pyramid, Stage, to_channels_last
 from xattn.nn.blocks import init_weights
 from xattn.nn.interlevel import BottomUpAttention, InterLevelUpdate, TopDownAttention
 
@@ -83,6 +83,9 @@ class LevelExchange(nn.Module):
         low_block: block to start those from that follow a top-down update; is copied.
         steps: see `exchange_steps`, for this stage's blocks.
         config: the rest.
+        drop_path: rate in the updates.
+        takes_turns: whether the low block is told how often it was called before, see
+            `swin.SwinBlock`.
     """
 
     def __init__(
@@ -92,8 +95,11 @@ class LevelExchange(nn.Module):
         low_block: nn.Module,
         steps: Sequence[tuple[bool, bool]],
         config: ExchangeConfig,
+        drop_path: float = 0.0,
+        takes_turns: bool = False,
     ) -> None:
         super().__init__()
+        self.takes_turns = takes_turns
         self.steps = [(up and config.bottom_up, down and config.top_down) for up, down in steps]
         ups, downs = (sum(column) for column in zip(*self.steps, strict=True))
         if config.bottom_up:
@@ -101,6 +107,7 @@ class LevelExchange(nn.Module):
                 _build_update(
                     BottomUpAttention(high_dim, low_dim, config.patch, config.scale, config.border),
                     config,
+                    drop_path,
                 )
                 for _ in range(1 if config.share is True else ups)
             ]
@@ -108,7 +115,9 @@ class LevelExchange(nn.Module):
         if config.top_down:
             down_updates = [
                 _build_update(
-                    TopDownAttention(low_dim, high_dim, config.patch, config.scale), config
+                    TopDownAttention(low_dim, high_dim, config.patch, config.scale),
+                    config,
+                    drop_path,
                 )
                 for _ in range(downs if config.share is False else 1)
             ]
@@ -121,10 +130,11 @@ class LevelExchange(nn.Module):
             self.low_norm = nn.LayerNorm(low_dim)
 
     def forward(self, stage: Stage, low_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Run `stage` on the previous stage's normed output, with the exchanges in between.
+        """Run `stage` on what the previous one hands on, with the exchanges in between.
 
         Returns:
-            The stage's normed map and the refined, re-normed low map (as it came without top-down).
+            The stage's map before its norm and the refined, re-normed low map (as it came without
+            top-down).
         """
         high_BHWC = stage.embed(low_BHWC)
         ups = downs = 0
@@ -135,15 +145,13 @@ class LevelExchange(nn.Module):
             high_BHWC = block(high_BHWC)
             if top_down:
                 low_BHWC = _nth(self.top_down, downs)(low_BHWC, high_BHWC)
-                low_BHWC = _nth(self.low_block, downs)(low_BHWC)
+                turn = (downs,) if self.takes_turns else ()
+                low_BHWC = _nth(self.low_block, downs)(low_BHWC, *turn)
                 downs += 1
-        return stage.norm(high_BHWC), self.low_norm(low_BHWC) if self.refines else low_BHWC
+        return high_BHWC, self.low_norm(low_BHWC) if self.refines else low_BHWC
 
     def freeze_low_output(self) -> None:
-        """Freeze what the refined low map alone depends on, for models that read the last map only.
-
-        Left trainable, distributed training would wait for these parameters' gradients.
-        """
+        """Freeze what the refined low map alone depends on."""
         if not self.refines:
             return
         self.low_norm.requires_grad_(False)
@@ -169,18 +177,24 @@ class LevelExchange(nn.Module):
             macs += (depth - ups) * up.product_macs(height * width)
         if downs:
             down = cast(InterLevelUpdate, _nth(self.top_down, 0)).attention
-            own = cast(MixBlock, _nth(self.low_block, 0)).attention
+            own = cast(Any, _nth(self.low_block, 0)).attention
             per_call = down.product_macs(height * width) + own.product_macs(low_BHWC)
             macs += (depth - 1 - downs) * per_call
         return macs
 
 
 def _build_update(
-    attention: BottomUpAttention | TopDownAttention, config: ExchangeConfig
+    attention: BottomUpAttention | TopDownAttention, config: ExchangeConfig, drop_path: float
 ) -> InterLevelUpdate:
     target_dim, source_dim = attention.query.in_features, attention.key_value.in_features
     return InterLevelUpdate(
-        attention, target_dim, source_dim, config.alpha, config.beta, config.ffn_ratio
+        attention,
+        target_dim,
+        source_dim,
+        config.alpha,
+        config.beta,
+        config.ffn_ratio,
+        drop_path,
     )
 
 
@@ -214,16 +228,18 @@ def exchange_steps(depth: int, stride: int, schedule: str = "code") -> list[tupl
     ]
 
 
-class Hila(nn.Module):
+class Hila(Pyramid):
     """A hierarchical backbone whose stages exchange information.
 
     Args:
-        built: the backbone's stages: modules with `embed`, `blocks` and `norm` on (B, H, W, C)
-            maps, of which each halves both sides (rounding up).
+        built: the backbone's stages; each halves both sides (rounding up).
         dims: channels of each stage.
         stages: numbers (2..) of the stages that exchange with the one before, ascending.
         stride: blocks between two exchanges, one for all or one for each of `stages`.
         exchange: what the exchanges have in common.
+        hands_on_normed: see `Pyramid`; the exchanges work on the same maps.
+        drop_paths: rate in the updates of each stage; none without it.
+        takes_turns: see `LevelExchange`.
 
     Raises:
         ConfigError: `stages` or `stride` make no sense for these depths.
@@ -236,18 +252,27 @@ class Hila(nn.Module):
         stages: Sequence[int],
         stride: int | Sequence[int],
         exchange: ExchangeConfig,
+        hands_on_normed: bool = True,
+        drop_paths: Sequence[float] | None = None,
+        takes_turns: bool = False,
     ) -> None:
-        super().__init__()
-        self.dims = tuple(dims)
-        self.stages = built
+        super().__init__(built, dims, hands_on_normed)
         depths = [len(cast(Stage, stage).blocks) for stage in built]
         steps = _all_steps(depths, stages, stride, exchange)
         self.exchanges = nn.ModuleDict()
         for number, stage_steps in zip(stages, steps, strict=True):
             low, high = number - 2, number - 1
             self.exchanges[str(number)] = LevelExchange(
-                dims[low], dims[high], self._last_block(low), stage_steps, exchange
+                dims[low],
+                dims[high],
+                self._last_block(low),
+                stage_steps,
+                exchange,
+                drop_paths[high] if drop_paths else 0.0,
+                takes_turns,
             )
+            if exchange.top_down and not hands_on_normed:  # the refined map stands for its output
+                cast(Stage, built[low]).norm.requires_grad_(False)
 
     def _last_block(self, stage: int) -> nn.Module:
         return cast(Stage, self.stages[stage]).blocks[-1]
@@ -265,16 +290,27 @@ class Hila(nn.Module):
                 block.load_state_dict(self._last_block(int(number) - 2).state_dict())
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Map (B, 3, H, W) images to normed maps, shaped as those of `MiT`."""
+        """Map (B, 3, H, W) images to normed maps, shaped as those of `Pyramid`."""
         map_BHWC = to_channels_last(images)
         maps: list[Tensor] = []
         for number, stage in enumerate(self.stages, start=1):
             if str(number) in self.exchanges:
-                map_BHWC, maps[-1] = self.exchanges[str(number)](stage, map_BHWC)
+                exchange = cast(LevelExchange, self.exchanges[str(number)])
+                map_BHWC, low_BHWC = exchange(stage, map_BHWC)
+                if exchange.refines:
+                    maps[-1] = low_BHWC
             else:
                 map_BHWC = stage(map_BHWC)
-            maps.append(map_BHWC)
+            maps.append(cast(Stage, stage).norm(map_BHWC))
+            if self.hands_on_normed:
+                map_BHWC = maps[-1]
         return [level.permute(0, 3, 1, 2) for level in maps]
+
+    def freeze_fine_levels(self) -> None:
+        """Freeze what only the maps before the last depend on, as in `Pyramid`."""
+        super().freeze_fine_levels()
+        for exchange in self.exchanges.values():
+            cast(LevelExchange, exchange).freeze_low_output()
 
 
 class HilaMiT(Hila):
@@ -301,7 +337,6 @@ class HilaMiT(Hila):
         exchange: ExchangeConfig | None = None,
     ) -> None:
         built = build_stages(dims, depths, heads, sr_ratios, mlp_ratio, drop_path)
-        built.apply(init_weights)
         super().__init__(built, dims, stages, stride, exchange or ExchangeConfig())
 
 

@@ -74,7 +74,8 @@ class Segmenter(nn.Module):
 
     Args:
         backbone: (B, 3, H, W) images to levels, finest first.
-        head: levels to logits at the finest level's size.
+        head: levels to logits at the finest level's size; while training it may give a pair of
+            these and of auxiliary ones, see `upernet.WithAuxiliary`.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -82,7 +83,7 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, 3, H, W) images to (B, num_classes, ceil(H / 4), ceil(W / 4)) logits."""
-        logits: Tensor = self.head(self.backbone(images))
+        logits: Tensor | tuple[Tensor, Tensor] = self.head(self.backbone(images))
         return logits

@@ -57,7 +57,7 @@ def _entry_point(name: str) -> Callable[..., Any]:
         features_only: bool = False,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         num_classes: int = 1000,
-        drop_path_rate: float = 0.1,
+        drop_path_rate: float | None = None,
         pretrained_cfg: object = None,  # noqa: ARG001 (timm gives these three to every model)
         pretrained_cfg_overlay: object = None,  # noqa: ARG001
         cache_dir: object = None,  # noqa: ARG001
@@ -72,7 +72,9 @@ def _entry_point(name: str) -> Callable[..., Any]:
             raise ConfigError(
                 "pretrained: found True, expected False; load your own by xattn.load_weights"
             )
-        model = create_model(name, num_classes=num_classes, drop_path=drop_path_rate, **overrides)
+        if drop_path_rate is not None:
+            overrides["drop_path"] = drop_path_rate
+        model = create_model(name, num_classes=num_classes, **overrides)
         return Features(model.get_submodule("backbone"), out_indices) if features_only else model
 
     create.__name__ = create.__qualname__ = name

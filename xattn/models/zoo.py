@@ -1,7 +1,8 @@
 """Every published variant with its numbers, by name.
 
-Reading the tables is reading the papers: `_MIT` is table 6 of SegFormer (Xie et al. 2021), `_HILA`
-what HILA (Leung et al. 2022) adds to its rows, with what that paper reports of both.
+Reading the tables is reading the papers: `_MIT` is table 6 of SegFormer (Xie et al. 2021), `_SWIN`
+section 3.3 of Swin (Liu et al. 2021), `_HILA` what HILA (Leung et al. 2022) adds to their rows,
+with what that paper reports of all.
 """
 
 import functools
@@ -16,9 +17,13 @@ from torch.nn import functional as F
 from xattn.errors import ConfigError, UnknownNameError, check_choice, nearest
 from xattn.evaluate.cost import ShapesOnly, count_macs, count_params
 from xattn.losses import classification_cross_entropy, segmentation_cross_entropy
-from xattn.models.hila import ExchangeConfig, HilaMiT, LevelExchange
-from xattn.models.mit import MiT, MiTClassifier
+from xattn.models.hila import ExchangeConfig, Hila, HilaMiT
+from xattn.models.hila_swin import HilaSwin
+from xattn.models.mit import MiT
+from xattn.models.pyramid import Classifier, Pyramid
 from xattn.models.segformer import SegFormerHead, Segmenter
+from xattn.models.swin import Swin
+from xattn.models.upernet import FCNHead, UPerHead, WithAuxiliary
 from xattn.nn.interlevel import BottomUpAttention, TopDownAttention
 from xattn.structures import DatasetInfo, MeanOverRanks, ModelCard, Recipe, Task
 
@@ -45,23 +50,48 @@ _MIT = {
     "b2_short": _MiTNumbers(dims=_WIDE, depths=(2, 2, 6, 2)),  # HILA's "B2", its table 5
 }
 
-_HEAD_WIDTH = {"b0": 256, "b1": 256}
-"""Channels of the SegFormer head, Xie et al. 2021, section 4.1; 768 from B2 on."""
 
-_PRINTED = {"b0": (3.7e6, 8.4e9), "b1": (13.7e6, 15.9e9), "b2": (27.4e6, 62.4e9)}
-"""SegFormer's parameters and multiply-adds (150 classes, 512 x 512) in HILA's table 1."""
+@dataclass(frozen=True, slots=True)
+class _SwinNumbers:
+    """One of Swin's variants; arguments as in `swin.build_stages`."""
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window: int = 7
+    mlp_ratio: int = 4
+
+
+_SWIN = {"swin_t": _SwinNumbers((96, 192, 384, 768), (2, 2, 6, 2), (3, 6, 12, 24))}
+_BASES: dict[str, _MiTNumbers | _SwinNumbers] = {**_MIT, **_SWIN}
+
+_HEAD_WIDTH = {"b0": 256, "b1": 256, "swin_t": 512}
+"""Channels of the heads: SegFormer's from Xie et al. 2021, section 4.1, 768 from B2 on; UPerNet's
+from mmsegmentation's configuration for Swin, as the next two."""
+_AUXILIARY_WIDTH = 256
+_AUXILIARY_WEIGHT = 0.4
+
+_PRINTED = {
+    "b0": (3.7e6, 8.4e9),
+    "b1": (13.7e6, 15.9e9),
+    "b2": (27.4e6, 62.4e9),
+    "swin_t": (59.8e6, 235.7e9),
+}
+"""Parameters and multiply-adds (512 x 512) of the plain segmenters in HILA's table 1."""
+_19_CLASSES = "the paper's parameters are those of 19 classes"
 
 
 @dataclass(frozen=True, slots=True)
 class _HilaNumbers:
     """One row of HILA's tables 5 and 1: backbone, exchanging stages, strides; what was printed."""
 
-    mit: str
+    base: str
     stages: tuple[int, ...]
     stride: int | tuple[int, ...]
     params: float
     macs: float
     note: str = ""
+    ffn_ratio: int = 4
 
 
 _HILA = {
@@ -75,8 +105,15 @@ _HILA = {
         "depths 2, 2, 6, 2; the paper's parameters are those of 19 classes; its multiply-adds, and "
         "ours here, charge attention at every block of stage 3, where only every third exchanges",
     ),
+    "swin_t_s234": _HilaNumbers(
+        "swin_t", (2, 3, 4), (1, 2, 1), 68.5e6, 266.02e9,
+        "norms of maps that refined ones take the place of are frozen; multiply-adds, the paper's "
+        "and ours, charge attention at every block of stage 3, where every second exchanges",
+        ffn_ratio=2,
+    ),
 }  # fmt: skip
 _EXCHANGE = asdict(ExchangeConfig())
+_SWIN_SOURCE = "Liu et al. 2021, table 1"
 _UNREAD_NORM = "the norm of the refined low map is frozen, since no gradient reaches it here"
 
 
@@ -87,7 +124,7 @@ class _Variant:
     Args:
         system: the paper's system.
         task: what it is for.
-        mit: row of `_MIT`.
+        base: row of `_BASES`.
         defaults: the numbers that a caller may override, as published.
         paper_params: parameters as printed, None where the paper does not say.
         paper_macs: likewise.
@@ -98,7 +135,7 @@ class _Variant:
 
     system: str
     task: Task
-    mit: str
+    base: str
     defaults: Mapping[str, Any]
     paper_params: float | None
     paper_macs: float | None
@@ -107,27 +144,38 @@ class _Variant:
     notes: str = ""
 
 
-def _plain(mit: str, task: Task) -> _Variant:
-    """Return SegFormer's variant of a size, or its backbone as a classifier."""
-    classifies = task == "classification"
-    params, macs = (None, None) if classifies else _PRINTED.get(mit, (None, None))
-    head = {"dropout": 0.1, "head_width": _HEAD_WIDTH.get(mit, 768)}
-    return _Variant(
-        system="SegFormer",
-        task=task,
-        mit=mit,
-        defaults={"drop_path": 0.1} if classifies else {"drop_path": 0.1, **head},
-        paper_params=params,
-        paper_macs=macs,
-        source="Xie et al. 2021, table 6" if params is None else "Leung et al. 2022, table 1",
-    )
+def _plain(base: str, task: Task) -> _Variant:
+    """Return the segmenter on a backbone, or the backbone as a classifier."""
+    head = {"dropout": 0.1, "head_width": _HEAD_WIDTH.get(base, 768)}
+    if task == "segmentation":
+        params, macs = _PRINTED.get(base, (None, None))
+        is_swin = base in _SWIN
+        return _Variant(
+            system="Swin" if is_swin else "SegFormer",
+            task=task,
+            base=base,
+            defaults={"drop_path": 0.3 if is_swin else 0.1, **head},
+            paper_params=params,
+            paper_macs=macs,
+            source="Leung et al. 2022, table 1" if params else "Xie et al. 2021, table 6",
+            notes=_19_CLASSES if is_swin else "",
+        )
+    if base in _SWIN:
+        return _Variant("Swin", task, base, {"drop_path": 0.2}, 29e6, 4.5e9, _SWIN_SOURCE)
+    source = "Xie et al. 2021, table 6"
+    return _Variant("SegFormer", task, base, {"drop_path": 0.1}, None, None, source)
 
 
 def _with_hila(row: _HilaNumbers, task: Task) -> _Variant:
     """Return the same with HILA."""
-    plain = _plain(row.mit, task)
+    plain = _plain(row.base, task)
     classifies = task == "classification"
-    exchange = {"stages": row.stages, "stride": row.stride, **_EXCHANGE}
+    exchange = {
+        "stages": row.stages,
+        "stride": row.stride,
+        **_EXCHANGE,
+        "ffn_ratio": row.ffn_ratio,
+    }
     return replace(
         plain,
         system="HILA",
@@ -143,9 +191,19 @@ def _with_hila(row: _HilaNumbers, task: Task) -> _Variant:
 _SIZES = ("b0", "b1", "b2", "b3", "b4", "b5")
 _VARIANTS = {
     **{f"mit_{size}": _plain(size, "classification") for size in _SIZES},
-    **{f"hila_mit_{name}": _with_hila(row, "classification") for name, row in _HILA.items()},
+    **{name: _plain(name, "classification") for name in _SWIN},
+    **{
+        f"hila_{name if row.base in _SWIN else f'mit_{name}'}": _with_hila(row, "classification")
+        for name, row in _HILA.items()
+    },
     **{f"segformer_{size}": _plain(size, "segmentation") for size in _SIZES},
-    **{f"hila_segformer_{name}": _with_hila(row, "segmentation") for name, row in _HILA.items()},
+    **{f"upernet_{name}": _plain(name, "segmentation") for name in _SWIN},
+    **{
+        f"hila_{'upernet' if row.base in _SWIN else 'segformer'}_{name}": _with_hila(
+            row, "segmentation"
+        )
+        for name, row in _HILA.items()
+    },
 }
 
 _PAPER_CLASSES: dict[Task, int] = {"classification": 1000, "segmentation": 150}
@@ -201,7 +259,8 @@ def create_recipe(
         name: one of `list_models()`.
         info: the data set; gives the number of classes.
         loss: numbers of the loss that differ from the papers': normalise ("all" or "valid" pixels)
-            for segmentation, label_smoothing for classification.
+            for segmentation, auxiliary_weight where there is an auxiliary head, label_smoothing for
+            classification.
         **overrides: as in `create_model`.
 
     Raises:
@@ -216,7 +275,10 @@ def create_recipe(
             f"{' and '.join(info.tasks)}; try one of {', '.join(list_models(info.tasks[0]))}"
         )
     what = f"the loss for {variant.task}"
-    loss_numbers = _override("loss", what, _LOSS_DEFAULTS[variant.task], loss or {})
+    loss_defaults = dict(_LOSS_DEFAULTS[variant.task])
+    if variant.task == "segmentation" and variant.base in _SWIN:
+        loss_defaults["auxiliary_weight"] = _AUXILIARY_WEIGHT
+    loss_numbers = _override("loss", what, loss_defaults, loss or {})
     model = create_model(name, num_classes=info.num_classes, **overrides)
     if variant.task == "classification":
         loss_function: Any = functools.partial(_classification_loss, **loss_numbers)
@@ -279,21 +341,29 @@ def _variant(name: str) -> _Variant:
 
 def _build(variant: _Variant, num_classes: int, numbers: dict[str, Any]) -> nn.Module:
     """Build a model of complete, checked numbers."""
-    mit = {**asdict(_MIT[variant.mit]), "drop_path": numbers["drop_path"]}
-    if variant.hila:
-        exchange = ExchangeConfig(**{key: numbers[key] for key in _EXCHANGE})
-        backbone: MiT | HilaMiT = HilaMiT(
-            **mit, stages=numbers["stages"], stride=numbers["stride"], exchange=exchange
-        )
+    backbone = _build_backbone(variant, numbers)
+    if variant.task == "classification":
+        return Classifier(backbone, num_classes)
+    width, dropout = numbers["head_width"], numbers["dropout"]
+    if variant.base not in _SWIN:
+        head: nn.Module = SegFormerHead(backbone.dims, width, num_classes, dropout)
     else:
-        backbone = MiT(**mit)
-    if variant.task == "segmentation":
-        head = SegFormerHead(backbone.dims, numbers["head_width"], num_classes, numbers["dropout"])
-        return Segmenter(backbone, head)
-    for module in backbone.modules():
-        if isinstance(module, LevelExchange):
-            module.freeze_low_output()
-    return MiTClassifier(backbone, num_classes)
+        auxiliary = FCNHead(backbone.dims[2], _AUXILIARY_WIDTH, num_classes, dropout, level=2)
+        head = WithAuxiliary(UPerHead(backbone.dims, width, num_classes, dropout), auxiliary)
+    return Segmenter(backbone, head)
+
+
+def _build_backbone(variant: _Variant, numbers: dict[str, Any]) -> Pyramid:
+    base = _BASES[variant.base]
+    given = {**asdict(base), "drop_path": numbers["drop_path"]}
+    kinds: tuple[type[Pyramid], type[Hila]] = MiT, HilaMiT
+    if isinstance(base, _SwinNumbers):
+        given["shifts_lone_window"] = variant.task == "segmentation"
+        kinds = Swin, HilaSwin
+    if not variant.hila:
+        return kinds[0](**given)
+    exchange = ExchangeConfig(**{key: numbers[key] for key in _EXCHANGE})
+    return kinds[1](**given, stages=numbers["stages"], stride=numbers["stride"], exchange=exchange)
 
 
 def _override(
@@ -363,9 +433,22 @@ def _classification_loss(
 
 
 def _segmentation_loss(
-    outputs: Tensor, target: Tensor, mean_over_ranks: MeanOverRanks, *, normalise: Any
+    outputs: Tensor | tuple[Tensor, Tensor],
+    target: Tensor,
+    mean_over_ranks: MeanOverRanks,
+    *,
+    normalise: Any,
+    auxiliary_weight: float = 0.0,
 ) -> dict[str, Tensor]:
-    return segmentation_cross_entropy(outputs, target, normalise, mean_over_ranks)
+    """Return the cross entropy of the logits, or, of a pair, the first's and the second's sum."""
+    if isinstance(outputs, Tensor):
+        return segmentation_cross_entropy(outputs, target, normalise, mean_over_ranks)
+    main, auxiliary = (
+        segmentation_cross_entropy(logits, target, normalise, mean_over_ranks)["loss"]
+        for logits in outputs
+    )
+    loss = main + auxiliary_weight * auxiliary
+    return {"loss": loss, "loss_main": main, "loss_auxiliary": auxiliary}
 
 
 def _decode_classification(outputs: Tensor, _size: tuple[int, int]) -> Tensor:

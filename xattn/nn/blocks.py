@@ -8,6 +8,7 @@ Shape suffixes: B batch, H W rows and columns, C channels, N tokens, D width of 
 """
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +40,21 @@ def init_weights(module: nn.Module) -> None:
         return
     if module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
+    """Return the rate of each block of each stage: over all blocks it grows linearly from 0.
+
+    Args:
+        depths: blocks of each stage.
+        last: rate of the last block, in [0, 1).
+    """
+    steps = max(sum(depths) - 1, 1)
+    firsts = [sum(depths[:index]) for index in range(len(depths))]
+    return [
+        [last * number / steps for number in range(first, first + depth)]
+        for first, depth in zip(firsts, depths, strict=True)
+    ]
 
 
 class DropPath(nn.Module):

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xattn.errors import ConfigError, check_choice
-from xattn.nn.blocks import MixFFN
+from xattn.nn.blocks import DropPath, MixFFN
 
 BORDERS = ("bias_token", "mask")
 _TILE = 4
@@ -297,6 +297,7 @@ class InterLevelUpdate(nn.Module):
         alpha: weight of the stream.
         beta: weight of the FFN.
         ffn_ratio: hidden channels of the FFN over `target_dim`.
+        drop_path: rate at which the attention or the FFN is dropped.
     """
 
     def __init__(
@@ -307,6 +308,7 @@ class InterLevelUpdate(nn.Module):
         alpha: float,
         beta: float,
         ffn_ratio: int,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.alpha = alpha
@@ -316,9 +318,12 @@ class InterLevelUpdate(nn.Module):
         self.attention = attention
         self.norm_ffn = nn.LayerNorm(target_dim)
         self.ffn = MixFFN(target_dim, ffn_ratio * target_dim)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
         """Return the updated (B, H, W, target_dim) map; `source` is left as it is."""
-        target = target + self.attention(self.norm_target(target), self.norm_source(source))
-        out: Tensor = self.alpha * target + self.beta * self.ffn(self.norm_ffn(target))
+        attended = self.attention(self.norm_target(target), self.norm_source(source))
+        target = target + self.drop_path(attended)
+        mixed = self.drop_path(self.ffn(self.norm_ffn(target)))
+        out: Tensor = self.alpha * target + self.beta * mixed
         return out
