@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xattn.errors import CheckpointError, UnknownNameError
 from xattn.models.hila import Hila
+from xattn.models.swin_weights import SWIN_SOURCES
 from xattn.models.weights_names import from_hila, from_hugging_face, from_nvlabs, from_timm_pvt
 from xattn.storage import write_atomic
 
@@ -56,6 +57,7 @@ SOURCES = (
         re.compile(r"^stages\.\d\.(downsample\.proj\.|blocks\.\d+\.attn\.(q|kv)\.)"),
         from_timm_pvt,
     ),
+    *(Source(name, mark, convert) for name, (mark, convert) in SWIN_SOURCES.items()),
     Source("xattn", re.compile(""), dict),
 )
 """Every source known, the first whose mark is found is taken; ours is what none of them claims."""
