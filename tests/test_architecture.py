@@ -45,6 +45,7 @@ OWNERS = {
     "boto3": ("xattn/remote.py",),
     "botocore": ("xattn/remote.py",),
     "ruamel": ("xattn/config.py", "xattn/report/tables.py"),
+    "timm": ("xattn/models/timm_",),
     "typer": (),
     "dvc": (),
     "torch.distributed": ("xattn/train/distributed.py", "xattn/cluster/trainer.py"),
