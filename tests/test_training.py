@@ -210,3 +210,19 @@ def test_checkpoints_survive_damage_and_refuse_strangers(tmp_path: Path) -> None
     assert previous.step == 2
     with pytest.raises(CheckpointError, match="belongs to the run mine"):
         newest_checkpoint(tmp_path, "another")
+
+
+def test_both_losses_of_a_segmenter_with_an_auxiliary_head_are_curves(project: Path) -> None:
+    params = small_params()
+    still = {"drop_path": 0.0, "dropout": 0.0, "head_width": 8}
+    params["runs"]["segmenter"] |= {"model": "upernet_swin_t", "overrides": still}
+    params["finetune"]["fit"] |= {"steps": 2, "checkpoint_every_steps": 2}
+    params["finetune"]["validate_on"]["every_steps"] = 2
+    write_params(project, params)
+    rows = list(read_history(train(project).run_dir / "history.jsonl"))
+    curves = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in curves] == [1, 2]
+    for row in curves:
+        expected = row["loss_main"] + 0.4 * row["loss_auxiliary"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+    assert [row["step"] for row in rows if "val_metric" in row] == [2]
