@@ -6,12 +6,11 @@ name. Names are facts about published files; no code of theirs was taken.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
-_Rule = tuple[str, str | Callable[[re.Match[str]], str]]
-"""A pattern and what stands in its place, as of `re.sub`."""
+from xattn.models.weights_names import Rule, rename
 
 
 def _next_stage(match: re.Match[str]) -> str:
@@ -21,7 +20,7 @@ def _next_stage(match: re.Match[str]) -> str:
 
 _TABLES = re.compile(r"\.(relative_position_index|attn_mask)$")
 
-_PARTS: tuple[_Rule, ...] = (
+_PARTS: tuple[Rule, ...] = (
     (r"^patch_embed\.(proj|projection)\.", "stages.0.embed.conv."),
     (r"^patch_embed\.norm\.", "stages.0.embed.norm."),
     (r"\.embed\.reduction\.", ".embed.reduce."),
@@ -31,25 +30,25 @@ _PARTS: tuple[_Rule, ...] = (
     (r"\.(mlp\.fc1|ffn\.layers\.0\.0)\.", ".ffn.expand."),
     (r"\.(mlp\.fc2|ffn\.layers\.1)\.", ".ffn.contract."),
 )
-_AUTHORS: tuple[_Rule, ...] = (
+_AUTHORS: tuple[Rule, ...] = (
     (r"^backbone\.", ""),
     (r"^layers\.(\d)\.downsample\.", _next_stage),
     (r"^layers\.(\d)\.", r"stages.\1."),
     (r"^norm(\d)\.", r"stages.\1.norm."),
     (r"^norm\.", "stages.3.norm."),
 )
-_TIMM: tuple[_Rule, ...] = (
+_TIMM: tuple[Rule, ...] = (
     (r"^layers\.(\d)\.downsample\.", r"stages.\1.embed."),
     (r"^layers\.(\d)\.", r"stages.\1."),
     (r"^norm\.", "stages.3.norm."),
     (r"^head\.fc\.", "head."),
 )
-_MMSEG: tuple[_Rule, ...] = (
+_MMSEG: tuple[Rule, ...] = (
     (r"^backbone\.", ""),
     (r"^stages\.(\d)\.downsample\.", _next_stage),
     (r"^norm(\d)\.", r"stages.\1.norm."),
 )
-_HEADS: tuple[_Rule, ...] = (
+_HEADS: tuple[Rule, ...] = (
     (r"^decode_head\.psp_modules\.(\d)\.1\.", r"head.main.pooled.\1."),
     (r"^decode_head\.bottleneck\.", "head.main.context."),
     (r"^decode_head\.lateral_convs\.", "head.main.laterals."),
@@ -61,26 +60,18 @@ _HEADS: tuple[_Rule, ...] = (
 )
 
 
-def _renamed(given: Mapping[str, Tensor], rules: Sequence[_Rule]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, tensor in given.items():
-        if _TABLES.search(key):
-            continue
-        name = key
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+def _without_tables(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in given.items() if not _TABLES.search(key)}
 
 
 def from_swin(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the authors' names (microsoft/Swin-Transformer and its fork for segmentation)."""
-    return _renamed(given, (*_AUTHORS, *_PARTS, *_HEADS))
+    return rename(_without_tables(given), (*_AUTHORS, *_PARTS, *_HEADS))
 
 
 def from_timm_swin(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert timm's names, in which patch merging starts a stage."""
-    return _renamed(given, (*_TIMM, *_PARTS))
+    return rename(_without_tables(given), (*_TIMM, *_PARTS))
 
 
 def from_mmseg_swin(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,7 +80,7 @@ def from_mmseg_swin(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     There the four neighbours of one channel lie together (left before right, from above); in the
     authors' order and ours all channels of one neighbour do.
     """
-    renamed = _renamed(given, (*_MMSEG, *_PARTS, *_HEADS))
+    renamed = rename(_without_tables(given), (*_MMSEG, *_PARTS, *_HEADS))
     for key, tensor in renamed.items():
         if re.search(r"^stages\.[1-9]\.embed\.(norm|reduce)\.", key):
             neighbours = tensor.unflatten(-1, (-1, 2, 2))  # ..., channel, row, column
