@@ -157,6 +157,14 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "hila-imagenet": PVT,
     "hila-ablations-imagenet": PVT,
     "hila-ade20k": {**SEGFORMER, **ADE20K},
+    "hila-swin-ade20k": {  # spec HILA 4.3
+        **SEGFORMER,
+        **ADE20K,
+        "finetune.optim.head_lr_multiplier": 1.0,
+        "finetune.optim.no_decay": (
+            *("norm", "relative_position_bias_table", "absolute_pos_embed", "position_bias"),
+        ),
+    },
     "hila-cityscapes": {**FULL, **CROPS},
     "hila-cityscapes-b2": {
         **FULL,
@@ -262,6 +270,7 @@ HIGH: dict[str, dict[str, Any]] = {
 LIKE = {"b1_s2": "b1_s3", "b1_s4": "b1_s3", "b1_s34": "b1_s234"}
 """Published models by another name than the run's begins with."""
 NARROW = {"head_width": 128}
+SWIN_T = "weights/swin_tiny_patch4_window7_224.pth"
 STRIDES = {"": {}, "_stride2": {"stride": [1, 2, 1]}, "_stride1": {"stride": [1, 1, 1]}}
 CONSTANTS = {"a10_b10": (1.0, 1.0), "a02_b08": (0.2, 0.8), "a08_b02": (0.8, 0.2)}
 
@@ -299,6 +308,10 @@ TABLE_1 = {
 FACES = {"segformer_b2": ("segformer_b2", SCRATCH, NARROW), B2: (B2, SCRATCH, NARROW)}
 RUNS = {
     "hila-ade20k": {**TABLE_1, B2: (B2, "mit_b2", {}), **high("b0_s3_unshared")},
+    "hila-swin-ade20k": {
+        name: (name, SWIN_T, {"drop_path": 0.3})
+        for name in ("upernet_swin_t", "hila_upernet_swin_t_s234")
+    },
     "hila-cityscapes": TABLE_1,
     "hila-cityscapes-b2": {B2 + end: (B2, "mit_b2", over) for end, over in STRIDES.items()},
     **{f"hila-cityscapes-{side}": {**low("b0"), **high("b0_s3")} for side in (768, 640, 512)},
@@ -346,7 +359,7 @@ def test_every_run_builds_and_its_initial_weights_fit(preset: str, run: str) -> 
     spec = runs_of(preset)[run]
     own = {k.removeprefix("backbone."): v for k, v in shapes_of(spec, 19).items()}
     if not spec.init.startswith("results/pretrain/"):
-        assert spec.init == SCRATCH
+        assert spec.init in (SCRATCH, SWIN_T)
         return
     source = PRETRAINED_BY[spec.init.split("/")[2]]
     given = shapes_of(source, 1000)
@@ -386,6 +399,27 @@ def test_drop_path_and_groups_of_fine_tuning(model: str) -> None:
             assert group["multiplier"] == (10.0 if id(parameter) in head else 1.0)
             seen += 1
     assert seen == len(list(built.parameters()))
+
+
+def test_drop_path_and_groups_of_swin() -> None:
+    optim = load_config(preset_path("hila-swin-ade20k")).finetune.optim
+    with torch.device("meta"):
+        built = create_model("hila_upernet_swin_t_s234", num_classes=150, drop_path=0.3)
+        optimizer = build_optimizer(built, optim)
+    rates = [part.rate for part in built.modules() if isinstance(part, DropPath)]
+    assert max(rates) == pytest.approx(0.3)
+    # A LayerNorm's, the table of a window, the vector of an exchange.
+    still = {
+        id(parameter)
+        for part in built.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if isinstance(part, torch.nn.LayerNorm) or "position_bias" in name
+    }
+    assert len(still) > 100
+    for group in optimizer.param_groups:
+        assert group["multiplier"] == 1.0
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.0 if id(parameter) in still else 0.01)
 
 
 @pytest.mark.parametrize("model", ["mit_b0", "hila_mit_b0_s3"])
@@ -535,6 +569,9 @@ def miniature(preset: str, raw: Path) -> dict[str, Any]:
     if "crops" in evaluation:  # the images have a quarter of their sides
         evaluation["crops"] = scaled(evaluation["crops"], 4)
     evaluation |= {"batch": 2, "device": "cpu", "pictures": 1}
+    for run in params["runs"].values():
+        if run["init"] == SWIN_T:
+            run["init"] = SCRATCH
     params["cluster"] |= {"backend": "process", "workers": 1, "device": "cpu"}
     params["tracking"]["enabled"] = False
     return params
