@@ -2,11 +2,14 @@
 
 import csv
 import io
+import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from torch import Tensor
 
 from xattn.config import EvaluateConfig
 from xattn.data.index import ShardIndex, ShardReader
-from xattn.data.loader import build_eval_loader
+from xattn.data.loader import build_eval_loader, decode_image
+from xattn.data.transforms import SegmentationEval
 from xattn.errors import ConfigError, DataError, UnknownNameError
+from xattn.evaluate.hierarchy import attend_from_points, nothing_to_show
 from xattn.evaluate.inference import (
     ClassificationScores,
     SegmentationProtocol,
@@ -29,6 +34,7 @@ from xattn.evaluate.inference import (
 )
 from xattn.evaluate.segmentation import DISTANCE_CROP_UP_PX, SegmentationScores
 from xattn.malloc import keep_freed_memory
+from xattn.models.mit import COARSEST_STRIDE
 from xattn.predictor import Predictor, load_predictor
 from xattn.storage import read_json, refused_disk, write_atomic, write_json, write_text
 from xattn.structures import IGNORE_INDEX, Batch, Progress, identity_mean
@@ -86,6 +92,7 @@ def evaluate_model(
 
     scores = _score(predictor, index, config, on_batch)
     images, rate = watch.done, watch.rate
+    pictures.keep_attention(predictor)
     named = _metrics(scores, small_ids)
     if again is not None:
         second = _score_again(predictor, index, config, again, watch)
@@ -142,12 +149,11 @@ class _Pictures:
     def __init__(self, index: ShardIndex, config: EvaluateConfig, folder: Path) -> None:
         self._reader = ShardReader(index, config.split)
         self._folder = folder
-        self._ignore = np.arange(256, dtype=np.uint8)
-        self._ignore[list(index.info.ignore_ids)] = IGNORE_INDEX
         total = len(self._reader)
         count = min(config.pictures, total)
         chosen = np.linspace(0, total - 1, count).astype(int).tolist() if count else []
         self._chosen = {self._reader.key(position): position for position in chosen}
+        self._points: dict[str, tuple[float, float]] = {}
         folder.mkdir(parents=True)
 
     def keep(self, batch: Batch, prediction: Tensor) -> None:
@@ -157,6 +163,19 @@ class _Pictures:
         for row, key in enumerate(batch.keys):
             if key in self._chosen:
                 self._write(key, prediction[row].to(torch.uint8).cpu().numpy(), batch.target[row])
+                self._points[key] = busiest_point(batch.target[row])
+
+    def keep_attention(self, predictor: Predictor) -> None:
+        """Write the hierarchical attention in the middle of each written image's busiest part."""
+        if nothing_to_show(predictor.recipe):
+            return
+        assert isinstance(predictor.transform, SegmentationEval)
+        for key, point in self._points.items():
+            pixels = decode_image(self._reader.read(self._chosen[key])["image"])
+            (token,) = attend_from_points(
+                predictor.recipe.model, pixels, [point], predictor.transform
+            )
+            write_text(self._folder / f"{key}.attention.json", json.dumps(asdict(token)))
 
     def _write(self, key: str, prediction: npt.NDArray[np.uint8], target: Tensor) -> None:
         image = self._reader.read(self._chosen[key])["image"]
@@ -171,6 +190,26 @@ class _Pictures:
             mask = Image.fromarray(ids)
             save = partial(mask.save, format="PNG")
             write_atomic(self._folder / f"{key}.{name}.png", save)
+
+
+def busiest_point(truth: Tensor) -> tuple[float, float]:
+    """Return the (x, y) of the middle of the part whose classes are most evenly mixed, px.
+
+    Parts are squares with the side of a token of stage 4; the first one of several.
+
+    Args:
+        truth: (H, W) ids 0..K-1 or IGNORE_INDEX.
+    """
+    sides = [min(COARSEST_STRIDE, side) for side in truth.shape]
+    corners = product(*(range(0, truth.shape[i] - sides[i] + 1, sides[i]) for i in range(2)))
+
+    def entropy(corner: tuple[int, ...]) -> float:
+        part = truth[corner[0] : corner[0] + sides[0], corner[1] : corner[1] + sides[1]]
+        counts = torch.bincount(part.reshape(-1), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+        return float(torch.special.entr(counts / counts.sum().clamp(min=1)).sum())
+
+    top, left = max(corners, key=entropy)
+    return left + sides[1] / 2, top + sides[0] / 2
 
 
 class _Watch:

@@ -1,4 +1,4 @@
-"""The nouns that travel between the rooms: Sample, DatasetInfo, Batch, Recipe.
+"""The nouns that travel between the rooms: Sample, DatasetInfo, Batch, Recipe, TokenAttention.
 
 `Sample` and `DatasetInfo` never see torch, so that sharding works where torch is not installed. The
 types that hold tensors name them in annotations only.
@@ -147,6 +147,45 @@ class Recipe:
     loss: Callable[[Any, Tensor, MeanOverRanks], dict[str, Tensor]]
     decode: Callable[[Any, tuple[int, int]], Any]
     task: Task
+
+
+BoxXyxyPx = tuple[float, float, float, float]
+"""Left, top, right and bottom edge in pixels of the stored image, from its upper left corner."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMap:
+    """How a token's attention spreads over the cells of a finer stage.
+
+    Args:
+        stages: the stages whose weights are multiplied, finest first: (2, 3, 4) is the paper's A41.
+        box: what `values` cover; there is nothing beyond.
+        values: of the cells within `box`, row by row, at least 0.
+    """
+
+    stages: tuple[int, ...]
+    box: BoxXyxyPx
+    values: tuple[tuple[float, ...], ...]
+
+    @property
+    def title(self) -> str:
+        """The paper's name for it, e.g. "stage 3 & 4"."""
+        return f"stage {' & '.join(map(str, self.stages))}"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAttention:
+    """Hierarchical attention of one token of the coarsest exchanging stage.
+
+    Args:
+        point: (x, y) that chose the token, px of the stored image.
+        box: the token's patch, where its first map lives.
+        maps: coarsest first, each with one more stage.
+    """
+
+    point: tuple[float, float]
+    box: BoxXyxyPx
+    maps: tuple[AttentionMap, ...]
 
 
 @dataclass(frozen=True, slots=True)

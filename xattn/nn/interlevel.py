@@ -136,6 +136,31 @@ def _fill(map_BHWC: Tensor, tiles: tuple[int, int], step: int) -> Tensor:
     return F.pad(map_BHWC, (0, 0, 0, right, 0, below)) if below or right else map_BHWC
 
 
+def patch_cells(
+    patch: int, high_size: tuple[int, int], low_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return where the cells of every high token's patch lie in the low map.
+
+    Args:
+        patch: side p of a patch in low cells.
+        high_size: (H, W) of the high map.
+        low_size: (h, w) of the low map.
+
+    Returns:
+        (H, W, p * p) index of the cell among the h * w row by row, 0 for one outside the map, and
+        whether it lies inside.
+    """
+    sides = []
+    for count, limit in zip(high_size, low_size, strict=True):
+        first = 2 * torch.arange(count) - (patch // 2 - 1)
+        place = first[:, None] + torch.arange(patch)
+        sides.append((place, (place >= 0) & (place < limit)))
+    (row_Hu, row_is_in), (column_Ww, column_is_in) = sides
+    inside_HWuw = row_is_in[:, None, :, None] & column_is_in[None, :, None, :]
+    index_HWuw = row_Hu[:, None, :, None] * low_size[1] + column_Ww[None, :, None, :]
+    return index_HWuw.where(inside_HWuw, 0).flatten(2), inside_HWuw.flatten(2)
+
+
 def _check_patch(patch: int) -> int:
     if patch < 2 or patch % 2:
         raise ConfigError(f"patch: found {patch}, expected an even number of at least 2")
@@ -269,6 +294,31 @@ class TopDownAttention(nn.Module):
         logits = query @ key.transpose(3, 4) + (shift.transpose(3, 4) + outside)
         logits = logits + _bias(self.position_bias, self.place)
         return _untile(logits.softmax(-1) @ value, 2 * _TILE)[:, :rows, :columns]
+
+    def weights(self, low_BhwC: Tensor, high_BHWD: Tensor) -> Tensor:
+        """Return the weights by which `forward` mixes, seen from the high tokens: the paper's M.
+
+        The plain form, without tiles, with a copy of every patch: for looking, not for training.
+
+        Returns:
+            (B, H, W, p * p): what the cells of a token's patch, row by row, take of the token, 0
+            for cells outside the map. All that a cell takes adds up to 1.
+        """
+        rows, columns = low_BhwC.shape[1:3]
+        high_size = high_BHWD.shape[1], high_BHWD.shape[2]
+        index_HWP, inside_HWP = (
+            part.to(low_BhwC.device) for part in patch_cells(self.patch, high_size, (rows, columns))
+        )
+        query_BHWPA = self.query(low_BhwC).flatten(1, 2)[:, index_HWP]
+        key_BHWA = self.key_value(high_BHWD).chunk(2, dim=3)[0]
+        logits = torch.einsum("bhwpa,bhwa->bhwp", query_BHWPA, key_BHWA) * self.scale
+        logits = (logits + self.position_bias).masked_fill(~inside_HWP, -torch.inf).flatten(1)
+        index = index_HWP.flatten().expand_as(logits)
+        per_cell = logits.new_full((len(logits), rows * columns), -torch.inf)
+        highest = per_cell.scatter_reduce(1, index, logits, "amax")
+        raised = (logits - highest.gather(1, index)).exp()
+        total = torch.zeros_like(per_cell).scatter_add(1, index, raised)
+        return (raised / total.gather(1, index)).view(len(logits), *index_HWP.shape)
 
     def count_macs(self, low_BhwC: Tensor, high_BHWD: Tensor) -> int:
         """Return the multiply-adds for one image as the paper counts: queries once a patch."""

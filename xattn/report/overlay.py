@@ -32,9 +32,9 @@ _SWATCH_PX = 12
 _LONGEST_NAME_PX = 260  # about 36 letters
 _SHARE_PX = 60
 _BESIDE_NAME_PX = _SHARE_PX + 40  # swatch, percentage and the gaps
-_PAPER = (255, 255, 255)
-_INK = (28, 30, 33)
-_QUIET = (104, 110, 118)
+PAPER = (255, 255, 255)
+INK = (28, 30, 33)
+QUIET = (104, 110, 118)
 _TRACK = (232, 234, 237)
 BAR_COLOUR = (0, 104, 168)
 
@@ -129,12 +129,12 @@ def draw_label(image: Picture, labels: Sequence[tuple[str, float]]) -> Image.Ima
     for row, (name, probability) in enumerate(labels):
         top = picture.height + _MARGIN_PX + row * _LINE_PX
         text = _shortened(name, bar_left - 2 * _MARGIN_PX)
-        draw.text((_MARGIN_PX, top), text, fill=_INK, font=_font())
+        draw.text((_MARGIN_PX, top), text, fill=INK, font=font())
         filled = bar_left + round((bar_right - bar_left) * min(max(probability, 0.0), 1.0))
         draw.rectangle((bar_left, top + 4, bar_right, top + 13), fill=_TRACK)
         draw.rectangle((bar_left, top + 4, filled, top + 13), fill=BAR_COLOUR)
         share = f"{100 * probability:.1f} %"
-        draw.text((width - _MARGIN_PX, top), share, fill=_QUIET, font=_font(), anchor="ra")
+        draw.text((width - _MARGIN_PX, top), share, fill=QUIET, font=font(), anchor="ra")
     return canvas
 
 
@@ -179,7 +179,7 @@ def _enlarge(image: Picture, factor: int) -> Picture:
 
 def _extended(picture: Image.Image, height: int) -> Image.Image:
     """Return the picture with `height` pixels of white paper below."""
-    canvas = Image.new("RGB", (picture.width, picture.height + height), _PAPER)
+    canvas = Image.new("RGB", (picture.width, picture.height + height), PAPER)
     canvas.paste(picture)
     return canvas
 
@@ -188,7 +188,7 @@ def _with_legend(
     picture: Image.Image, lines: Sequence[tuple[str, str, tuple[int, ...]]]
 ) -> Image.Image:
     """Add (name, share, colour) lines in columns, read from top to bottom."""
-    longest = max((_font().getlength(name) for name, _, _ in lines), default=0)
+    longest = max((font().getlength(name) for name, _, _ in lines), default=0)
     column = math.ceil(min(longest, _LONGEST_NAME_PX)) + _BESIDE_NAME_PX
     columns = max(1, (picture.width - _MARGIN_PX) // column)
     rows = math.ceil(len(lines) / columns)
@@ -199,16 +199,16 @@ def _with_legend(
         left = _MARGIN_PX + index // rows * pitch
         top = picture.height + _MARGIN_PX + index % rows * _LINE_PX
         box = (left, top + 3, left + _SWATCH_PX, top + 3 + _SWATCH_PX)
-        draw.rectangle(box, fill=colour, outline=_QUIET)
+        draw.rectangle(box, fill=colour, outline=QUIET)
         text_left, right = left + _SWATCH_PX + 8, left + pitch - _MARGIN_PX
         room = right - text_left - _SHARE_PX
-        draw.text((text_left, top), _shortened(name, room), fill=_INK, font=_font())
-        draw.text((right, top), share, fill=_QUIET, font=_font(), anchor="ra")
+        draw.text((text_left, top), _shortened(name, room), fill=INK, font=font())
+        draw.text((right, top), share, fill=QUIET, font=font(), anchor="ra")
     return canvas
 
 
 @lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont:
+def font() -> ImageFont.FreeTypeFont:
     """Return the font that matplotlib carries: it is always there, and Pillow's has no accents."""
     path = Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(str(path), _FONT_PX, layout_engine=ImageFont.Layout.BASIC)
@@ -217,8 +217,8 @@ def _font() -> ImageFont.FreeTypeFont:
 @lru_cache(maxsize=4096)
 def _shortened(text: str, room_px: int) -> str:
     """Return `text`, cut and ended by dots when it is wider than `room_px`."""
-    if _font().getlength(text) <= room_px:
+    if font().getlength(text) <= room_px:
         return text
     lengths, room = range(len(text)), float(room_px)
-    fitting = bisect_right(lengths, room, key=lambda n: float(_font().getlength(text[:n] + "...")))
+    fitting = bisect_right(lengths, room, key=lambda n: float(font().getlength(text[:n] + "...")))
     return text[: max(0, fitting - 1)].rstrip() + "..."
