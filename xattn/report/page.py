@@ -17,13 +17,16 @@ from markupsafe import Markup
 from PIL import Image
 
 from xattn.errors import DataError
-from xattn.report import figures, overlay, tables
+from xattn.report import attention_maps, figures, overlay, tables
 from xattn.report.tables import PictureFiles, Run
 from xattn.storage import write_text
 from xattn.structures import IGNORE_INDEX
 
 MAX_PICTURES = 12
 """Picture rows of one data set: more are work for a viewer, not for a page."""
+
+MAX_ATTENTION = 3
+"""Pictures of one data set that also show attention, for each run that has some."""
 
 MAX_BARS = 200
 """Classes up to which bars are drawn; beyond, the table has to do."""
@@ -131,6 +134,7 @@ def _group(number: int, runs: list[Run], index: Mapping[tuple[str, str], int]) -
         ),
         **_classes(number, runs, index, about),
         **_pictures(runs),
+        "attention_rows": _attention_rows(runs),
     }
 
 
@@ -259,6 +263,42 @@ def _picture_row(
     return row, present
 
 
+def _attention_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the panels of hierarchical attention, the runs of one picture together."""
+    found = [
+        (picture, run)
+        for run in runs
+        if run.evaluation
+        for picture in run.evaluation.pictures
+        if picture.attention
+    ]
+    keys = sorted({picture.key for picture, _ in found})[:MAX_ATTENTION]
+    return [
+        {"key": key, "run": run, **_attention_panels(picture)}
+        for key in keys
+        for picture, run in found
+        if picture.key == key
+    ]
+
+
+def _attention_panels(files: PictureFiles) -> dict[str, Any]:
+    assert files.attention
+    token = attention_maps.read_attention(files.attention)
+    image = _read_image(files.image)
+    maps = attention_maps.draw_maps(image, token)
+    return {
+        "image": _jpeg_uri(attention_maps.draw_token(image, token)),
+        "maps": [
+            {
+                "uri": _jpeg_uri(panel),
+                "title": level.title,
+                "about": attention_maps.describe(level),
+            }
+            for panel, level in zip(maps, token.maps, strict=True)
+        ],
+    }
+
+
 def picture_scores(
     prediction: overlay.Picture, truth: overlay.Picture
 ) -> tuple[float | None, float | None]:
@@ -328,8 +368,21 @@ def _image_uri(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: not a readable picture ({error})") from error
     small.thumbnail((_PICTURE_PX, _PICTURE_PX), Image.Resampling.LANCZOS)
+    return _jpeg_uri(small)
+
+
+def _read_image(path: Path) -> overlay.Picture:
+    """Read a photograph as (H, W, 3)."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise DataError(f"{path}: not a readable picture ({error})") from error
+
+
+def _jpeg_uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
+    picture.save(buffer, "JPEG", quality=85)
     return _data_uri("image/jpeg", buffer.getvalue())
 
 

@@ -8,6 +8,7 @@ The tree, with `stage` one of pretrain and finetune:
     results/evaluate/<run>/metrics.json   the data set's protocol (optional, as are the two below)
     results/evaluate/<run>/per_class.csv
     results/evaluate/<run>/pictures/<key>.{image.jpg,truth.png,prediction.png}
+    results/evaluate/<run>/pictures/<key>.attention.json  (of models that have it)
 
 Metrics are fractions in [0, 1] in files and records; only what is printed is in per cent.
 """
@@ -126,12 +127,13 @@ class ClassScore:
 
 @dataclass(frozen=True, slots=True)
 class PictureFiles:
-    """The files of one picture that was kept for looking at."""
+    """The files of one picture that was kept for looking at; `attention` of some models only."""
 
     key: str
     image: Path
     truth: Path
     prediction: Path
+    attention: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,8 +348,13 @@ def _find_pictures(folder: Path) -> tuple[PictureFiles, ...]:
     pictures = []
     for image in sorted(folder.glob("*.image.jpg")):
         key = image.name.removesuffix(".image.jpg")
+        attention = folder / f"{key}.attention.json"
         files = PictureFiles(
-            key, image, folder / f"{key}.truth.png", folder / f"{key}.prediction.png"
+            key,
+            image,
+            folder / f"{key}.truth.png",
+            folder / f"{key}.prediction.png",
+            attention if attention.is_file() else None,
         )
         for path in (files.truth, files.prediction):
             if not path.is_file():
