@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,8 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Name = Annotated[str, typer.Argument(help="A name from params.yaml.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="A run of params.yaml, or a model folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def main() -> None:
@@ -262,21 +264,83 @@ def evaluate(name: Name, as_json: AsJson = False) -> None:
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="A run of params.yaml, or a model folder.")],
+    model: Model,
     image: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
     out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("predictions"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Draw what a trained model sees: an overlay with a legend for each image."""
     from pipelines.predict import predict_images
 
-    folder = Path(model)
-    if not (folder / "model.json").exists():
-        from xattn.places import find_model_dir
-
-        folder = find_model_dir(Path.cwd(), model)
-    count = predict_images(folder, image, out, device)
+    count = predict_images(_model_dir(model), image, out, device)
     print(f"{count} pictures in {out}")
+
+
+@app.command()
+def attention(
+    model: Model,
+    image: Annotated[Path, typer.Argument(help="An image.")],
+    point: Annotated[
+        list[str] | None,
+        typer.Option(help="X,Y in px from the upper left corner; may be repeated."),
+    ] = None,
+    normalise: Annotated[
+        Literal["sum", "max"],
+        typer.Option(help="What a map is divided by: its sum (the paper) or its maximum."),
+    ] = "sum",
+    as_evaluated: Annotated[
+        bool,
+        typer.Option("--as-evaluated", help="In the size and windows of params.yaml's evaluate."),
+    ] = False,
+    out: Annotated[Path, typer.Option(help="The PNG.")] = Path("attention.png"),
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Draw what the coarse tokens of a HILA model attend to, stage by stage."""
+    points = [_point(text) for text in point or []]
+    from dataclasses import asdict
+
+    from pipelines.attention import draw_attention
+    from xattn.config import load_config
+
+    transform = load_config().evaluate.segmentation if as_evaluated else None
+    tokens = draw_attention(_model_dir(model), image, points, out, normalise, device, transform)
+    if as_json:
+        _print_json([asdict(token) for token in tokens])
+    else:
+        stages = " and ".join(f"'{level.title}'" for level in tokens[0].maps)
+        print(f"{out}: {stages}")
+
+
+@app.command()
+def probe(
+    models: Annotated[
+        list[str], typer.Argument(help="Runs of params.yaml, or model folders.", show_default=False)
+    ],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of training; by default those of finetune.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where probes.json and probes.png go.")] = Path(
+        "probes"
+    ),
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Train a head on each stage and iteration of frozen models: mIoU over the iterations."""
+    from pipelines.probe import probe_models
+
+    document = probe_models([_model_dir(model) for model in models], Path.cwd(), out, steps, device)
+    if as_json:
+        _print_json(document)
+        return
+    for entry in document["runs"]:
+        rows = [
+            (f"  stage {at['stage']}", str(at["iteration"]), at["after"], f"{at['mIoU']:.4f}")
+            for at in entry["probes"]
+        ]
+        print(f"{entry['run']}, mIoU on {entry['dataset']}/{entry['split']}:")
+        _print_table(rows)
+    print(f"{out / 'probes.png'}")
 
 
 @app.command()
@@ -394,6 +458,23 @@ def bench_train_step(
     _print_table([(f"{name}, best ms", str(ms)) for name, ms in result["best_ms"].items()])
     _print_table([(f"{size}, times", str(ratio)) for size, ratio in result["times_faster"].items()])
     _print_table([(f"hila, {key}", str(value)) for key, value in result["hila"].items()])
+
+
+def _model_dir(model: str) -> Path:
+    """Return the model folder that a name or a path stands for."""
+    from xattn.places import find_model_dir
+
+    folder = Path(model)
+    return folder if (folder / "model.json").exists() else find_model_dir(Path.cwd(), model)
+
+
+def _point(text: str) -> tuple[float, float]:
+    """Return the numbers of "X,Y"."""
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--point: found '{text}', expected X,Y, e.g. 120,80") from None
+    return x, y
 
 
 def _print_json(value: Any) -> None:

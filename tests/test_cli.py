@@ -127,6 +127,46 @@ def test_train_evaluate_predict_report(project: Path) -> None:
     assert "segmenter" in page
 
 
+def test_attention_and_probe(project: Path) -> None:
+    params = small_params()
+    spec = params["runs"]["segmenter"]
+    overrides = {**spec["overrides"], "stages": [3, 4]}
+    params["runs"]["hila"] = {**spec, "model": "hila_segformer_b0_s3", "overrides": overrides}
+    write_params(project, params)
+    for run in ("segmenter", "hila"):
+        assert xattn("train", run, cwd=project).returncode == 0
+    assert xattn("evaluate", "hila", cwd=project).returncode == 0
+    pictures = project / "results/evaluate/hila/pictures"
+    assert len(list(pictures.glob("*.attention.json"))) == 2
+    photo = str(next(pictures.glob("*.image.jpg")))  # 96 x 64 px
+    draw = ("attention", "hila", photo, "--point", "40,20")
+    done = xattn(*draw, "--point", "95,63", "--normalise", "max", "--json", cwd=project)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    assert first["box"] == [16, 0, 80, 48]  # the patch of row 0, column 1: 4 cells of 16 px
+    assert second["box"] == [48, 16, 96, 64]
+    assert [level["stages"] for level in first["maps"]] == [[4], [3, 4]]
+    assert max(map(max, first["maps"][0]["values"])) == 1
+    with Image.open(project / "attention.png") as sheet:
+        assert sheet.height > 3 * 213
+    params["evaluate"]["segmentation"] = {"window": {"crop": [64, 64], "stride": [32, 32]}}
+    write_params(project, params)
+    done = xattn(*draw, "--as-evaluated", "--json", cwd=project)
+    # Windows begin at x = 0 and 32; the point is nearer to the middle of the first.
+    assert json.loads(done.stdout)[0]["box"] == [16, 0, 64, 48]
+
+    outside = fault("attention", "hila", photo, "--point", "96,3", cwd=project)
+    assert "point 96,3: outside of the image" in outside
+    refused = fault("attention", "segmenter", photo, cwd=project)
+    assert "'segformer_b0' has no inter-level attention" in refused
+    assert xattn("attention", "hila", photo, "--point", "40", cwd=project).returncode == 2
+
+    done = xattn("probe", "segmenter", "hila", "--steps", "2", "--json", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["runs"][1]["probes"]) == 8 + 2
+    assert (project / "probes" / "probes.png").exists()
+
+
 def test_faults_are_one_line(project: Path) -> None:
     assert "unknown run 'segmentr'; did you mean 'segmenter'" in fault(
         "train", "segmentr", cwd=project

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 
 from xattn.errors import DataError
 from xattn.models.zoo import list_models
-from xattn.report import figures, overlay, page, tables
+from xattn.report import attention_maps, figures, overlay, page, tables
+from xattn.structures import AttentionMap, TokenAttention
 
 NAMES = ["sky", "road & <b>kerb</b>", "caf\u00e9 \u6a39 $x$"]
 PALETTE = [[10, 20, 30], [200, 0, 0], [0, 0, 250]]
@@ -431,6 +433,89 @@ def test_each_run_colour_has_contrast_on_its_page():
     for on_white, on_black in figures.RUN_COLOURS:
         assert 1.05 / (luminance(on_white) + 0.05) >= 4.5
         assert (luminance(on_black) + 0.05) / (luminance(dark) + 0.05) >= 4.5
+
+
+def one_cell(cell, side=4, box=(16.0, 8.0, 32.0, 24.0)):
+    """Attention that is all in one cell of a map over `box`."""
+    values = [[float((row, column) == cell) for column in range(side)] for row in range(side)]
+    level = AttentionMap((4,), box, tuple(map(tuple, values)))
+    return TokenAttention((20.0, 10.0), box, (level,))
+
+
+@pytest.mark.parametrize("cell", [(1, 2), (3, 0)])
+def test_attention_is_coloured_where_it_is_and_nowhere_else(cell):
+    image = np.full((48, 64, 3), 100, np.uint8)
+    token = one_cell(cell)
+    (panel,) = attention_maps.draw_maps(image, token)
+    assert panel.size == (320, 240)  # 5 px a pixel: three boxes of 16 are the image's height
+    picture = np.asarray(panel).astype(int)
+    middle = [round(5 * (start + 4 * part + 2)) for start, part in zip((8, 16), cell, strict=True)]
+    assert np.ptp(picture[tuple(middle)]) > 60, "coloured"
+    assert (picture[:35, :70] == 100).all(), "as the photograph"
+    coloured = np.argwhere(np.ptp(picture[45:115, 85:155], axis=2) > 25).mean(axis=0)
+    np.testing.assert_allclose(coloured, np.subtract(middle, (45, 85)), atol=6)
+    assert picture[40, 100].tolist() == [255, 45, 45], "the box's edge"
+
+
+def test_attention_in_a_large_image_is_enlarged():
+    image = np.zeros((300, 400, 3), np.uint8)
+    image[10:20, 20:30] = 200
+    whole = attention_maps.draw_token(image, one_cell((0, 0)))
+    (part,) = attention_maps.draw_maps(image, one_cell((0, 0)))
+    assert whole.size == part.size == (320, 240)
+    # 48 of 300 rows at the upper left corner: 5 px a pixel, moved into the image.
+    grey = np.asarray(part)[5 * 15, 5 * 28]
+    assert grey.min() > 100
+    assert np.asarray(part)[5 * 40, 5 * 55].max() < 60
+
+
+def test_the_sheet_has_a_row_a_map_and_a_column_a_token():
+    image = np.full((48, 64, 3), 100, np.uint8)
+    one = attention_maps.draw_sheet(image, [one_cell((0, 0))])
+    two, three = (attention_maps.draw_sheet(image, [one_cell((0, 0))] * n) for n in (2, 3))
+    assert three.height == two.height == one.height > 2 * 240
+    assert three.width == two.width + 330
+    assert attention_maps.describe(one_cell((0, 0)).maps[0]) == "largest of 16 cells: 1"
+
+
+def test_attention_stands_in_the_report_where_there_is_some(tree, tmp_path):
+    def text():
+        return page.write_report(tree, tmp_path / "out", "T").read_text(encoding="utf-8")
+
+    assert 'id="attention"' not in text()
+    place = tree / "evaluate" / "hila_<s3>" / "pictures" / "key-1.attention.json"
+    place.write_text(json.dumps(asdict(one_cell((1, 2)))))
+    found = text()
+    assert found.count('id="attention"') == 1
+    assert found.count('alt="Attention of stage 4 in key-1, hila_&lt;s3&gt;"') == 1
+    assert 'href="#attention"' in found
+    assert "largest of 16 cells: 1" in found
+    assert not re.search(r"https?://", found)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda entry: entry.pop("point"),
+        lambda entry: entry["maps"][0].update(values=[[1, 2], [3]]),
+        lambda entry: entry["maps"][0].update(values=[[-1.0]]),
+        lambda entry: entry.update(box=[1, 2, 3]),
+    ],
+)
+def test_a_broken_attention_file_is_named(tree, tmp_path, spoil):
+    place = tree / "evaluate" / "plain" / "pictures" / "key-1.attention.json"
+    entry = json.loads(json.dumps(asdict(one_cell((1, 2)))))
+    spoil(entry)
+    place.write_text(json.dumps(entry))
+    with pytest.raises(DataError, match=r"key-1\.attention\.json: not an attention file"):
+        page.write_report(tree, tmp_path / "out", "T")
+
+
+def test_probe_curves_are_a_png():
+    lines = [figures.ProbeLine("a $x$", 0, [0.1, 0.2, 0.3], 2)]
+    picture = figures.probe_curves({2: lines, 3: lines, 4: lines}, "mIoU")
+    assert picture.startswith(b"\x89PNG")
+    assert picture == figures.probe_curves({2: lines, 3: lines, 4: lines}, "mIoU")
 
 
 def test_boundary_f_is_a_column_where_it_was_measured(tree, tmp_path):

@@ -261,7 +261,7 @@ def work(job: TrainJob, post: Callable[[Progress], None]) -> None:
         start_step=state.step,
         rank=ranks.rank,
         world=ranks.world,
-        threads=_loader_threads(job, ranks),
+        threads=loader_threads(job.loader_threads, ranks.device),
         pin_memory=ranks.device.type == "cuda",
         order=job.recipe.order,
         skip_damaged=job.recipe.skip_damaged,
@@ -427,16 +427,17 @@ def validate(job: TrainJob, index: ShardIndex, recipe: Recipe, ranks: Ranks) -> 
         batch=protocol.batch,
         rank=ranks.rank,
         world=ranks.world,
-        threads=_loader_threads(job, ranks),
+        threads=loader_threads(job.loader_threads, ranks.device),
     )
     score = score_segmentation if recipe.task == "segmentation" else score_classification
     return score(recipe, loader, index.info.num_classes, ranks.device, sum_over_ranks)
 
 
-def _loader_threads(job: TrainJob, ranks: Ranks) -> int:
-    if job.loader_threads is not None:
-        return job.loader_threads
-    return _GPU_LOADER_THREADS if ranks.device.type == "cuda" else 0
+def loader_threads(configured: int | None, device: torch.device) -> int:
+    """Return how many threads decode for one process: those configured, or what suits a device."""
+    if configured is not None:
+        return configured
+    return _GPU_LOADER_THREADS if device.type == "cuda" else 0
 
 
 def _publish(job: TrainJob, state: State, scores: dict[str, float], wall_s: float) -> None:

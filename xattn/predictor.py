@@ -4,6 +4,7 @@ A model folder is what a training stage leaves: `model.json`, which says how the
 how images are shown to it, and `model.safetensors`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,19 @@ class Predictor:
         return np.asarray(ids.to(torch.uint8 if len(scores) <= 256 else ids.dtype).cpu().numpy())
 
 
-def load_predictor(folder: Path, device: str, transform: Transform | None = None) -> Predictor:
+def load_predictor(
+    folder: Path,
+    device: str,
+    transform: Transform | None = None,
+    loss: Mapping[str, Any] | None = None,
+) -> Predictor:
     """Load a model folder.
 
     Args:
         folder: holds model.json and its weights.
         device: "auto", "cpu" or "cuda".
         transform: another way to show images than the one of the model's validation.
+        loss: numbers of the recipe's loss, see `create_recipe`.
 
     Raises:
         DataError: model.json is missing or broken.
@@ -107,7 +114,7 @@ def load_predictor(folder: Path, device: str, transform: Transform | None = None
         raise CheckpointError(
             f"{weights}: not the weights that {folder / 'model.json'} vouches for"
         )
-    recipe = create_recipe(card["model"], _info(card), **card["overrides"])
+    recipe = create_recipe(card["model"], _info(card), loss, **card["overrides"])
     load_weights(recipe.model, weights)
     place = resolve_device(device)
     recipe.model.to(place).eval()

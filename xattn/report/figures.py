@@ -1,4 +1,4 @@
-"""Figures of the report as SVG text that stands in an HTML page.
+"""Figures of the report as SVG text that stands in an HTML page, and one that stands alone.
 
 Text stays text (it takes the page's font and can be searched), and colours become CSS variables, so
 that one figure serves the light and the dark page: `--rule` for lines of the grid and `--run-0`,
@@ -9,17 +9,18 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 RUN_COLOURS = (
     ("#0068a8", "#5cb0f0"),
@@ -66,6 +67,12 @@ _STYLE = {
     "ytick.labelcolor": _INK,
     "ytick.labelsize": 8.5,
 }
+_ON_PAPER = {_INK: "#1c1e21", _RULE: "#c9ced4"}
+_PRINTED_STYLE = {
+    **{key: _ON_PAPER.get(str(value), value) for key, value in _STYLE.items()},
+    "figure.facecolor": "white",
+}
+"""The same for pictures that stand alone, on white."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,26 @@ class Cost:
     params: int
     macs: int
     metric: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeLine:
+    """What the probes of one run reach at one stage.
+
+    Args:
+        run: the run's name.
+        index: its number, which gives colour, dashes and marker.
+        scores: after each iteration, fractions.
+        blocks: how many of the iterations are blocks; the rest are top-down updates.
+    """
+
+    run: str
+    index: int
+    scores: Sequence[float]
+    blocks: int
+
+
+_Entry = Line | Bars | Cost | ProbeLine
 
 
 def colour(index: int) -> str:
@@ -193,6 +220,46 @@ def cost_scatter(points: Sequence[Cost], metric: str, figure_id: str, descriptio
         return _inline_svg(figure, figure_id, description)
 
 
+def probe_curves(stages: Mapping[int, Sequence[ProbeLine]], metric: str) -> bytes:
+    """Draw a panel a stage, the metric over the iterations, as a PNG on white.
+
+    Marks of top-down updates are hollow.
+
+    Args:
+        stages: the runs' lines at each stage.
+        metric: words for the axis.
+    """
+    lines = next(iter(stages.values()))
+    rows = math.ceil(len(stages) / 2)
+    with mpl.rc_context(_PRINTED_STYLE):
+        height = 2.2 * rows + 0.3 + _legend_in(lines)
+        figure = Figure(figsize=(_WIDTH_IN, height), dpi=200, layout="constrained")
+        panels = figure.subplots(rows, 2, sharey=True, squeeze=False).flat
+        for axes, (stage, members) in zip(panels, stages.items(), strict=False):
+            for line in members:
+                _draw_probes(axes, line)
+            axes.set_title(f"stage {stage}", loc="left", fontsize=9)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.yaxis.set_major_formatter(_PER_CENT)
+            axes.margins(x=0.08, y=0.1)
+        for axes in panels[len(stages) :]:
+            axes.remove()
+        figure.supxlabel("iteration (hollow: after a top-down update)", fontsize=9)
+        figure.supylabel(f"{metric} of a probe [%]", fontsize=9)
+        _add_legend(figure, lines)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_probes(axes: Any, line: ProbeLine) -> None:
+    x = range(1, len(line.scores) + 1)
+    style = {"marker": _MARKERS[line.index % len(_MARKERS)], "markersize": 5}
+    axes.plot(x, line.scores, linewidth=1.4, **style, **_line_style(line.index))
+    hollow = {"markerfacecolor": "white", "markeredgecolor": colour(line.index), "linestyle": ""}
+    axes.plot(x[line.blocks :], line.scores[line.blocks :], zorder=3, **style, **hollow)
+
+
 def smoothed(values: Sequence[float]) -> list[float]:
     """Return the centred mean over a twentieth of the curve; at its ends, over what is there."""
     half = max(1, len(values) // 40)
@@ -203,11 +270,11 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return means
 
 
-def _legend_columns(entries: Sequence[Line | Bars | Cost]) -> int:
+def _legend_columns(entries: Sequence[_Entry]) -> int:
     return 2 if len(entries) > 1 and max(len(entry.run) for entry in entries) <= 28 else 1
 
 
-def _legend_in(entries: Sequence[Line | Bars | Cost]) -> float:
+def _legend_in(entries: Sequence[_Entry]) -> float:
     """Return the height of a legend in inches."""
     return 0.19 * math.ceil(len(entries) / _legend_columns(entries))
 
@@ -247,7 +314,7 @@ def _line_style(index: int) -> dict[str, Any]:
 
 
 def _add_legend(
-    figure: Any, entries: Sequence[Line | Bars | Cost], lines: bool = True, marker: str = ""
+    figure: Any, entries: Sequence[_Entry], lines: bool = True, marker: str = ""
 ) -> None:
     """Put the runs' names above the axes, in one column when they are long."""
     handles = []
