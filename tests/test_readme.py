@@ -47,6 +47,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     segmenter = params["runs"].pop("segmenter")
     params["pretrain_runs"]["mit_b0"] = {**classifier, "init": "pipelines/scratch.json"}
     params["runs"]["segformer_b0"] = {**segmenter, "init": "results/pretrain/mit_b0/model.json"}
+    hila = {**params["runs"]["segformer_b0"], "model": "hila_segformer_b0_s3"}
+    params["runs"]["hila_segformer_b0_s3"] = hila
     write_params(folder, params)
     image = np.random.default_rng(0).integers(0, 256, (48, 60, 3), np.uint8)
     Image.fromarray(image).save(folder / "photo.jpg")
@@ -76,18 +78,25 @@ def run(command: str, folder: Path) -> str:
 
 def test_the_pipeline_and_every_command(clone: Path) -> None:
     first = run("dvc repro", clone)
-    stages = re.findall(r"Running stage '(.*?)'", first)
-    assert set(stages) == {
+    first_run = set(re.findall(r"Running stage '(.*?)'", first))
+    assert first_run == {
         "shard@scenes",
         "shard@labels",
         "pretrain@mit_b0",
         "evaluate_pretrained@mit_b0",
         "finetune@segformer_b0",
         "evaluate@segformer_b0",
+        "finetune@hila_segformer_b0_s3",
+        "evaluate@hila_segformer_b0_s3",
         "report",
     }
     document = json.loads((clone / "results/report/results.json").read_text())
-    assert {entry["run"] for entry in document["runs"]} == {"mit_b0", "segformer_b0"}
+    assert {entry["run"] for entry in document["runs"]} == {
+        "mit_b0",
+        "segformer_b0",
+        "hila_segformer_b0_s3",
+    }
+    assert 'id="attention"' in (clone / "results/report/report.html").read_text()
     card = json.loads((clone / "results/finetune/segformer_b0/model.json").read_text())
     assert card["init"] == "results/pretrain/mit_b0/model.json"
 
@@ -99,8 +108,11 @@ def test_the_pipeline_and_every_command(clone: Path) -> None:
             assert "Running stage" not in output, "nothing had changed"
         if command.startswith("dvc exp run"):
             rerun = set(re.findall(r"Running stage '(.*?)'", output))
-            assert rerun == {"finetune@segformer_b0", "evaluate@segformer_b0", "report"}
+            trained = {name for name in first_run if name.startswith(("finetune@", "evaluate@"))}
+            assert rerun == trained | {"report"}
     assert (clone / "seen" / "photo.png").exists()
+    assert (clone / "seen" / "attention.png").exists()
+    assert (clone / "probes" / "probes.png").exists()
     lines = [command.split()[0] for command in commands()]
     assert {"make", "xattn", "dvc", "mlflow", "XATTN_DATA=/where/raw/data/lies"} == set(lines)
 
