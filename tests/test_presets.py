@@ -161,9 +161,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
         **SEGFORMER,
         **ADE20K,
         "finetune.optim.head_lr_multiplier": 1.0,
-        "finetune.optim.no_decay": (
-            *("norm", "relative_position_bias_table", "absolute_pos_embed", "position_bias"),
-        ),
+        "finetune.optim.no_decay": ("norm", "relative_position_bias"),
     },
     "hila-cityscapes": {**FULL, **CROPS},
     "hila-cityscapes-b2": {
@@ -408,12 +406,12 @@ def test_drop_path_and_groups_of_swin() -> None:
         optimizer = build_optimizer(built, optim)
     rates = [part.rate for part in built.modules() if isinstance(part, DropPath)]
     assert max(rates) == pytest.approx(0.3)
-    # A LayerNorm's, the table of a window, the vector of an exchange.
+    # A LayerNorm's and the table of a window; not the vector of an exchange.
     still = {
         id(parameter)
         for part in built.modules()
         for name, parameter in part.named_parameters(recurse=False)
-        if isinstance(part, torch.nn.LayerNorm) or "position_bias" in name
+        if isinstance(part, torch.nn.LayerNorm) or name == "relative_position_bias"
     }
     assert len(still) > 100
     for group in optimizer.param_groups:

@@ -128,5 +128,5 @@ def test_each_head_learns_from_its_own_loss_alone():
 def test_what_has_no_stages_is_refused():
     with torch.device("meta"):
         classifier = create_model("mit_b0", num_classes=3)
-    with pytest.raises(ConfigError, match="no MiT or HILA segmenter"):
+    with pytest.raises(ConfigError, match="no stages under a SegFormer head"):
         Probes(classifier)

@@ -65,7 +65,7 @@ def naive_attention(attention, tokens, is_shifted):
         for head in range(heads):
             own = slice(head * head_dim, (head + 1) * head_dim)
             logits = key[keys, own] @ query[q, own] * head_dim**-0.5
-            weights = (logits + attention.position_bias[offsets, head]).softmax(0)
+            weights = (logits + attention.relative_position_bias[offsets, head]).softmax(0)
             out[q, own] = weights @ value[keys, own]
     return attention.output(out).unflatten(0, filled)[:height, :width]
 
@@ -235,9 +235,9 @@ def test_every_name_of_mmseg(source, prefix):
                 expected[key] = torch.randn(ours[key].shape)
                 given[f"{their_module}.{leaf}"] = expected[key]
     for key in ours:
-        if key.endswith(".position_bias"):
+        if key.endswith(".relative_position_bias"):
             expected[key] = torch.randn(ours[key].shape)
-            block = key.removeprefix("backbone.").removesuffix(".attention.position_bias")
+            block = key.removeprefix("backbone.").removesuffix(".attention.relative_position_bias")
             theirs = f"{prefix}{block}.attn.w_msa.relative_position"
             given[f"{theirs}_bias_table"] = expected[key]
             given[f"{theirs}_index"] = torch.zeros(49, 49)

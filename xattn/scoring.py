@@ -34,7 +34,7 @@ from xattn.evaluate.inference import (
 )
 from xattn.evaluate.segmentation import DISTANCE_CROP_UP_PX, SegmentationScores
 from xattn.malloc import keep_freed_memory
-from xattn.models.mit import COARSEST_STRIDE
+from xattn.models.pyramid import COARSEST_STRIDE
 from xattn.predictor import Predictor, load_predictor
 from xattn.storage import read_json, refused_disk, write_atomic, write_json, write_text
 from xattn.structures import IGNORE_INDEX, Batch, Progress, identity_mean

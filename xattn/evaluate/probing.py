@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from xattn.errors import ConfigError
 from xattn.evaluate.segmentation import SegmentationMeter
 from xattn.models.hila import Hila, LevelExchange
-from xattn.models.mit import MiT, Stage
-from xattn.models.segformer import SegFormerHead, Segmenter
+from xattn.models.pyramid import Pyramid, Stage
+from xattn.models.segformer import SegFormerHead
 from xattn.structures import Batch, MeanOverRanks, Recipe, identity_mean
 from xattn.train.distributed import Ranks
 from xattn.train.engine import FitConfig, State, StepLog, fit
@@ -82,11 +82,12 @@ class Probes(nn.Module):
 
     def __init__(self, segmenter: nn.Module) -> None:
         super().__init__()
-        backbone = getattr(segmenter, "backbone", None)
-        if not isinstance(segmenter, Segmenter) or not isinstance(backbone, MiT | Hila):
-            raise ConfigError("model: found no MiT or HILA segmenter, whose stages can be probed")
+        backbone, main = getattr(segmenter, "backbone", None), getattr(segmenter, "head", None)
+        if not isinstance(backbone, Pyramid) or not isinstance(main, SegFormerHead):
+            raise ConfigError(
+                "model: found no stages under a SegFormer head, whose design the probes share"
+            )
         self.backbone = backbone.requires_grad_(False)
-        main = cast(SegFormerHead, segmenter.head)
         width, num_classes = main.fuse.out_channels, main.classifier.out_channels
         self.features = list_features(backbone)
         self.heads = nn.ModuleDict(
@@ -114,7 +115,7 @@ class Probes(nn.Module):
         }
 
 
-def list_features(backbone: MiT | Hila) -> list[Feature]:
+def list_features(backbone: Pyramid) -> list[Feature]:
     """Return what can be probed, by stage and iteration."""
     found = []
     for number, module in enumerate(backbone.stages, start=1):
@@ -220,7 +221,7 @@ def _score(
     return {name: meter.scores(identity_mean).mean_iou for name, meter in meters.items()}
 
 
-def _exchange_above(backbone: MiT | Hila, stage: int) -> LevelExchange | None:
+def _exchange_above(backbone: Pyramid, stage: int) -> LevelExchange | None:
     """Return what refines the map of `stage` while the next stage is computed."""
     if not isinstance(backbone, Hila) or str(stage + 1) not in backbone.exchanges:
         return None
@@ -229,7 +230,7 @@ def _exchange_above(backbone: MiT | Hila, stage: int) -> LevelExchange | None:
 
 
 @contextmanager
-def _recorded(backbone: MiT | Hila) -> Iterator[dict[Feature, Tensor]]:
+def _recorded(backbone: Pyramid) -> Iterator[dict[Feature, Tensor]]:
     """Give the (B, H, W, C) maps of one forward pass that is made inside."""
     maps: dict[Feature, Tensor] = {}
     features = list_features(backbone)

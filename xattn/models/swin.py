@@ -82,7 +82,7 @@ class WindowAttention(nn.Module):
         self.shifts_lone_window = shifts_lone_window
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
-        self.position_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        self.relative_position_bias = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.place: Tensor
         self.register_buffer("place", _places(window), persistent=False)
         self.barriers: Tensor
@@ -115,7 +115,7 @@ class WindowAttention(nn.Module):
         """Return the attention's result for each window, before the output projection."""
         parts = self.query_key_value(windows_BMNC).unflatten(3, (3, self.heads, -1))
         query_key_value = parts.permute(3, 0, 1, 4, 2, 5)  # (3, B, M, E, N, D)
-        bias = self.position_bias[self.place].permute(2, 0, 1)
+        bias = self.relative_position_bias[self.place].permute(2, 0, 1)
         if any(shifts):  # a bias for each window, the same for all images
             bias = (bias + self._window_barriers(counts, shifts)).flatten(0, 1)
             query, key, value = query_key_value.flatten(2, 3)
@@ -294,7 +294,7 @@ def _init_weights(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, WindowAttention):
-        nn.init.normal_(module.position_bias, std=0.02)
+        nn.init.normal_(module.relative_position_bias, std=0.02)
 
 
 class Swin(Pyramid):

@@ -26,7 +26,7 @@ _PARTS: tuple[Rule, ...] = (
     (r"\.embed\.reduction\.", ".embed.reduce."),
     (r"\.attn\.(w_msa\.)?qkv\.", ".attention.query_key_value."),
     (r"\.attn\.(w_msa\.)?proj\.", ".attention.output."),
-    (r"\.attn\.(w_msa\.)?relative_position_bias_table$", ".attention.position_bias"),
+    (r"\.attn\.(w_msa\.)?relative_position_bias_table$", ".attention.relative_position_bias"),
     (r"\.(mlp\.fc1|ffn\.layers\.0\.0)\.", ".ffn.expand."),
     (r"\.(mlp\.fc2|ffn\.layers\.1)\.", ".ffn.contract."),
 )
