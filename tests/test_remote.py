@@ -577,6 +577,14 @@ def test_faults_of_the_store_do_not_show_in_the_batches(expected, stored, s3):
     assert_same_batches(batches(ShardIndex.open(stored)), expected)
 
 
+def test_a_store_that_refuses_is_no_damage_to_be_skipped(stored, s3):
+    index = ShardIndex.open(stored)
+    s3.fail("status", part=".tar", status=403, code="AccessDenied", times=100)
+    with pytest.raises(DataError, match="access denied") as caught:
+        batches(index, skip_damaged=100)
+    assert not isinstance(caught.value, DamageError)
+
+
 def test_damage_in_the_cache_is_mended_from_the_store(local, stored, s3, tmp_path):
     index = ShardIndex.open(stored)
     reader = ShardReader(index, "train")
