@@ -112,3 +112,27 @@ def test_label_smoothing_mixes_in_the_uniform_distribution():
     chances = logits.log_softmax(1)
     expected = -(0.9 * chances[[0, 1], target] + 0.1 * chances.mean(1)).mean()
     torch.testing.assert_close(classification_cross_entropy(logits, target, 0.1)["loss"], expected)
+
+
+@pytest.mark.parametrize("size", [(16, 24), (13, 19)])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32])
+def test_class_ids_may_be_of_any_integer_type(pixels, kind, size):
+    logits, target = pixels
+    target = target[:, : size[0], : size[1]]
+    loss = segmentation_cross_entropy(logits, target.to(kind), "all", identity_mean)["loss"]
+    wanted = segmentation_cross_entropy(logits, target, "all", identity_mean)["loss"]
+    assert torch.equal(loss, wanted)
+
+
+def test_a_target_of_fewer_images_is_refused(pixels):
+    logits, target = pixels
+    with pytest.raises(AssertionError):
+        segmentation_cross_entropy(logits, target[:1], "all", identity_mean)
+
+
+def test_second_derivatives_are_refused_rather_than_wrong(pixels):
+    logits, target = pixels
+    loss = segmentation_cross_entropy(logits, target, "all", identity_mean)["loss"]
+    (slope,) = torch.autograd.grad(loss**2, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()

@@ -88,3 +88,15 @@ def test_timms_pvt_joins_as_a_backbone():
         ours, plain = silent(batch), pvt.forward_intermediates(batch, intermediates_only=True)
     for level, refined in enumerate((True, False, True, False)):
         assert torch.allclose(ours[level], plain[level], rtol=0, atol=1e-5) is not refined
+
+
+@pytest.mark.parametrize("name", ["hila_mit_b0_s3", "swin_t"])
+def test_levels_that_are_read_are_trained(name):
+    import timm
+
+    levels = timm.create_model(name, features_only=True)
+    assert all(parameter.requires_grad for parameter in levels.parameters())
+    sum(level.sum() for level in levels(torch.randn(1, 3, 32, 32))).backward()
+    assert all(parameter.grad is not None for parameter in levels.parameters())
+    last = timm.create_model(name, features_only=True, out_indices=(-1,))
+    assert not all(parameter.requires_grad for parameter in last.parameters())

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from xattn.structures import IGNORE_INDEX, MeanOverRanks
@@ -25,7 +26,8 @@ def segmentation_cross_entropy(
 
     Args:
         logits: (B, K, h, w), any size.
-        target: (B, H, W) ids 0..K-1 or IGNORE_INDEX; as many pixels on every rank.
+        target: (B, H, W) ids 0..K-1 or IGNORE_INDEX, of any integer type; as many pixels on every
+            rank.
         normalise: "all" divides by all pixels, ignored ones included (mmsegmentation 0.x, hence
             the published SegFormer and HILA runs); "valid" by the pixels that are not ignored,
             averaged over ranks, so that a rank with few of them does not weigh as much.
@@ -34,7 +36,8 @@ def segmentation_cross_entropy(
     Returns:
         "loss": a scalar, zero (with zero gradient) where every pixel is ignored.
     """
-    total: Tensor = _UpsampledCrossEntropy.apply(logits, target)  # type: ignore[no-untyped-call]
+    assert len(logits) == len(target), (logits.shape, target.shape)
+    total: Tensor = _UpsampledCrossEntropy.apply(logits, target.long())  # type: ignore[no-untyped-call]
     if normalise == "all":
         return {"loss": total / target.numel()}
     valid = (target != IGNORE_INDEX).sum().to(total.dtype)
@@ -62,6 +65,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (own,) = ctx.saved_tensors
         return own * gradient, None

@@ -66,7 +66,7 @@ def _entry_point(name: str) -> Callable[..., Any]:
         """Build the classifier, or its backbone's maps; for overrides see `zoo.create_model`."""
         from xattn.errors import ConfigError  # noqa: PLC0415
         from xattn.models.timm_features import Features  # noqa: PLC0415
-        from xattn.models.zoo import create_model  # noqa: PLC0415
+        from xattn.models.zoo import create_backbone, create_model  # noqa: PLC0415
 
         if pretrained:
             raise ConfigError(
@@ -74,8 +74,9 @@ def _entry_point(name: str) -> Callable[..., Any]:
             )
         if drop_path_rate is not None:
             overrides["drop_path"] = drop_path_rate
-        model = create_model(name, num_classes=num_classes, **overrides)
-        return Features(model.get_submodule("backbone"), out_indices) if features_only else model
+        if features_only:
+            return Features(create_backbone(name, **overrides), out_indices)
+        return create_model(name, num_classes=num_classes, **overrides)
 
     create.__name__ = create.__qualname__ = name
     return create

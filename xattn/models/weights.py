@@ -191,9 +191,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such weights file")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as weights: {error}") from error
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    return {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -202,7 +206,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
+    except (UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
+        # All of these come of bytes that are no pickle: a web page saved as weights, say.
         raise ValueError("it holds more than tensors, or is damaged") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

@@ -7,7 +7,8 @@ with what that paper reports of all.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -240,13 +241,42 @@ def create_model(name: str, *, num_classes: int, **overrides: Any) -> nn.Module:
 
     Raises:
         UnknownNameError: there is no model `name`.
-        ConfigError: an override is unknown, of the wrong type or out of range.
+        ConfigError: `num_classes` is no count, or an override is unknown, of the wrong type or out
+            of range.
+    """
+    if type(num_classes) is not int or num_classes < 1:
+        raise ConfigError(f"num_classes: found {num_classes!r}, expected a whole number above 0")
+    variant = _variant(name)
+    numbers = _override("overrides", f"'{name}'", variant.defaults, overrides)
+    with _named_overrides():
+        return _build(variant, num_classes, numbers)
+
+
+def create_backbone(name: str, **overrides: Any) -> Pyramid:
+    """Build a model's backbone alone, with fresh weights and every level's norm to be trained.
+
+    That of a classifier, whose head reads the last level only, has those of the others frozen.
+
+    Args:
+        name: one of `list_models()`.
+        **overrides: as in `create_model`.
+
+    Raises:
+        UnknownNameError: there is no model `name`.
+        ConfigError: see `create_model`.
     """
     variant = _variant(name)
     numbers = _override("overrides", f"'{name}'", variant.defaults, overrides)
+    with _named_overrides():
+        return _build_backbone(variant, numbers)
+
+
+@contextmanager
+def _named_overrides() -> Iterator[None]:
+    """Say of a fault of numbers that do not go together that it is among the overrides."""
     try:
-        return _build(variant, num_classes, numbers)
-    except ConfigError as error:  # of numbers that do not go together
+        yield
+    except ConfigError as error:
         raise ConfigError(f"overrides.{error}") from None
 
 
