@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 
 def register_names() -> None:
@@ -65,6 +65,7 @@ def _entry_point(name: str) -> Callable[..., Any]:
     ) -> Any:
         """Build the classifier, or its backbone's maps; for overrides see `zoo.create_model`."""
         from xattn.errors import ConfigError  # noqa: PLC0415
+        from xattn.models.pyramid import Pyramid  # noqa: PLC0415
         from xattn.models.timm_features import Features  # noqa: PLC0415
         from xattn.models.zoo import create_backbone, create_model  # noqa: PLC0415
 
@@ -75,7 +76,7 @@ def _entry_point(name: str) -> Callable[..., Any]:
         if drop_path_rate is not None:
             overrides["drop_path"] = drop_path_rate
         if features_only:
-            return Features(create_backbone(name, **overrides), out_indices)
+            return Features(cast(Pyramid, create_backbone(name, **overrides)), out_indices)
         return create_model(name, num_classes=num_classes, **overrides)
 
     create.__name__ = create.__qualname__ = name
