@@ -456,7 +456,8 @@ def bench_train_step(
         _print_json(result)
         return
     _print_table([(f"{name}, best ms", str(ms)) for name, ms in result["best_ms"].items()])
-    _print_table([(f"{size}, times", str(ratio)) for size, ratio in result["times_faster"].items()])
+    for key in ("times_faster", "times_faster_same_allocator"):
+        _print_table([(f"{size}, {key}", str(ratio)) for size, ratio in result[key].items()])
     _print_table([(f"hila, {key}", str(value)) for key, value in result["hila"].items()])
 
 
