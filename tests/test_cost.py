@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from xattn.evaluate.cost import ShapesOnly, count_macs, count_params
 from xattn.models.hila import HilaMiT
@@ -202,3 +203,32 @@ def test_frozen_parameters_do_not_count():
     layer = nn.Linear(3, 4)
     layer.bias.requires_grad_(False)
     assert count_params(layer) == 12
+
+
+class EveryFunction(nn.Module):
+    """Calls each function that a rule counts, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, groups=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.norm = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 10)
+
+    def forward(self, images):
+        map_BCHW = self.bn(self.conv(images))  # 8 x 4 x 6
+        large = F.interpolate(map_BCHW, (8, 12), mode="bilinear")
+        tokens = self.norm(map_BCHW.flatten(2).transpose(1, 2))  # 24 x 8
+        attended = F.scaled_dot_product_attention(tokens[:, :5], tokens, tokens)
+        products = torch.einsum("bnc,bmc->bnm", attended, tokens) @ tokens  # 5 x 24, 5 x 8
+        return self.linear(products), large
+
+
+def test_rules_that_count_functions():
+    conv, linear = 8 * 24 * 27, 5 * 8 * 10
+    attention, einsum, matmul = 2 * 5 * 24 * 8, 5 * 24 * 8, 5 * 24 * 8
+    products = conv + linear + attention + einsum + matmul
+    model = EveryFunction()
+    assert count_macs(model, (3, 8, 12), counting="products") == products
+    others = 2 * 8 * 24 + 5 * 24 * 8 + 4 * 8 * 96
+    assert count_macs(model, (3, 8, 12), counting="fvcore") == products + others

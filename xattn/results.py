@@ -12,7 +12,7 @@ from xattn.data.index import ShardIndex
 from xattn.errors import ConfigError
 from xattn.evaluate.cost import count_macs, count_params
 from xattn.experiment import Stage, TrainJob, plan_job, run_training
-from xattn.models.zoo import create_model, create_recipe
+from xattn.models.zoo import create_recipe
 from xattn.places import results_dir
 from xattn.storage import copy_atomic, read_json, sha256_file, write_json, write_text
 from xattn.structures import DatasetInfo, Progress
@@ -97,7 +97,7 @@ def _card(
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Describe a trained model so that it can be rebuilt, compared and traced."""
-    model = create_model(job.spec.model, num_classes=info.num_classes, **job.spec.overrides)
+    recipe = create_recipe(job.spec.model, info, job.recipe.loss, **job.spec.overrides)
     rates = [row["images_per_s"] for row in rows if "images_per_s" in row]
     return {
         "run": job.run,
@@ -115,8 +115,8 @@ def _card(
         "fingerprint": job.fingerprint,
         "data_fingerprint": record["covers"]["data"],
         "init": None if job.init_weights is None else job.spec.init,
-        "params": count_params(model),
-        "macs": count_macs(model, (3, *job.recipe.input_size)),
+        "params": count_params(recipe.model),
+        "macs": count_macs(recipe.model, (3, *job.recipe.input_size), counting=recipe.counting),
         "macs_input": [3, *job.recipe.input_size],
         "steps": summary["steps"],
         "global_batch": job.recipe.fit.global_batch,

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Task = Literal["classification", "segmentation", "detection"]
 
+Counting = Literal["segformer", "fvcore", "products"]
+"""How a paper counts multiply-adds, see `evaluate.cost`."""
+
 IGNORE_INDEX = 255
 """Label, in every target tensor, of pixels that neither train nor score."""
 
@@ -141,12 +144,14 @@ class Recipe:
         decode: (outputs, (height, width)) -> prediction. Segmentation: (B, K, height, width);
             classification: (B, K), both logits; detection: torchvision's list of dicts.
         task: what the model is for.
+        counting: how the model's paper counts multiply-adds.
     """
 
     model: nn.Module
     loss: Callable[[Any, Tensor, MeanOverRanks], dict[str, Tensor]]
     decode: Callable[[Any, tuple[int, int]], Any]
     task: Task
+    counting: Counting = "segformer"
 
 
 BoxXyxyPx = tuple[float, float, float, float]
@@ -199,7 +204,8 @@ class ModelCard:
         num_classes: classes at which the numbers below were counted (the paper's own).
         input: (channels, height, width) at which MACs were counted.
         params: trainable parameters.
-        macs: multiply-adds of one forward pass, by the counting rule of `evaluate.cost`.
+        macs: multiply-adds of one forward pass, by the rule that `counting` names.
+        counting: the paper's rule.
         paper_params: as printed in the paper, in units; None where it does not say.
         paper_macs: likewise.
         source: paper and table.
@@ -213,6 +219,7 @@ class ModelCard:
     input: tuple[int, int, int]
     params: int
     macs: int
+    counting: Counting
     paper_params: float | None
     paper_macs: float | None
     source: str

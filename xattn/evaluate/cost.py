@@ -1,16 +1,23 @@
-"""Parameters and multiply-adds, counted as the SegFormer and HILA papers count them.
+"""Parameters and multiply-adds, counted as the papers count them, which is not one way.
 
-One multiply-add counts 1: convolutions with their bias, Linear layers (inputs * outputs), 2 for
-each element of a LayerNorm or BatchNorm, 1 for each element of a ReLU. Interpolation, GELU, softmax
-and residual sums count nothing. A module that computes its result another way than the paper writes
-it down (attention by a fused kernel, the SegFormer head before upsampling, HILA's projections
-before gathering) has a method `count_macs(*inputs) -> int` that states the paper's number; its
-children are then not counted. A module whose paper charges for more than is called has a method
-`surplus_macs(*inputs) -> int`. The counts compare models with papers; they are not what our kernels
-execute.
+"segformer" is the rule of SegFormer's and HILA's papers. One multiply-add counts 1: convolutions
+with their bias, Linear layers (inputs * outputs), 2 for each element of a LayerNorm or BatchNorm, 1
+for each element of a ReLU. Interpolation, GELU, softmax and residual sums count nothing. A module
+that computes its result another way than the paper writes it down (attention by a fused kernel, the
+SegFormer head before upsampling, HILA's projections before gathering) has a method
+`count_macs(*inputs) -> int` that states the paper's number; its children are then not counted. A
+module whose paper charges for more than is called has a method `surplus_macs(*inputs) -> int`.
+
+"fvcore" is the rule of the tool of that name, which SegViT's and U-MixFormer's papers used, and
+counts functions as they are called: products (convolutions and Linear layers without biases, matrix
+products, attention's two), 5 for each element of a LayerNorm, 2 of a BatchNorm, 4 of what bilinear
+interpolation returns. "products" (CFSAM's) counts the products alone.
+
+The counts compare models with papers; they are not what our kernels execute.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from xattn.structures import Counting
 
 Rule = Callable[[tuple[Tensor, ...], Tensor], int]
 """(inputs, output) of a module's call -> multiply-adds."""
@@ -30,21 +39,30 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(
-    model: nn.Module, input_size: tuple[int, int, int], *, as_printed: bool = True
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    *,
+    counting: Counting = "segformer",
+    as_printed: bool = True,
 ) -> int:
     """Return the multiply-adds of one image's forward pass, leaving out nearly all the computing.
 
     Args:
         model: takes (1, C, H, W) images; a twin of it runs instead.
         input_size: (C, H, W) of the image.
-        as_printed: whether to add what papers charge for calls that are not made: HILA's counter
-            charges attention at every block, also where a stride skips it.
+        counting: the rule.
+        as_printed: under "segformer", whether to add what papers charge for calls that are not
+            made: HILA's counter charges attention at every block, also where a stride skips it.
     """
     shared = {id(weight): weight for weight in model.parameters() if weight.is_cpu}
     twin = copy.deepcopy(model, shared).cpu().eval()
     macs: list[int] = []
-    _watch(twin, macs, as_printed)
-    with torch.no_grad(), ShapesOnly():
+    mode = ShapesOnly()
+    if counting == "segformer":
+        _watch(twin, macs, as_printed)
+    else:
+        mode = _CountedFunctions(macs, _FVCORE if counting == "fvcore" else _PRODUCTS)
+    with torch.no_grad(), mode:
         twin(torch.zeros(1, *input_size))
     return sum(macs)
 
@@ -105,7 +123,7 @@ def _convolved_shape(
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
-    _groups: int,
+    _groups: int = 1,
 ) -> Sequence[int]:
     shape = [images.shape[0], weight.shape[0]]
     for axis, side in enumerate(images.shape[2:]):
@@ -132,6 +150,21 @@ def _multiplied_shape(first: Tensor, second: Tensor) -> Sequence[int]:
     return (*batch, first.shape[-2], second.shape[-1])
 
 
+def _index_sizes(equation: str, *operands: Tensor) -> dict[str, int]:
+    """Return the size behind every letter of an Einstein sum."""
+    letters = equation.partition("->")[0].replace(" ", "").split(",")
+    return {
+        letter: size
+        for word, operand in zip(letters, operands, strict=True)
+        for letter, size in zip(word, operand.shape, strict=True)
+    }
+
+
+def _summed_over_shape(equation: str, *operands: Tensor) -> Sequence[int]:
+    sizes = _index_sizes(equation, *operands)
+    return [sizes[letter] for letter in equation.partition("->")[2].strip()]
+
+
 _SHAPES: dict[Callable[..., Any], Callable[..., Sequence[int]]] = {
     F.linear: _linear_shape,
     F.layer_norm: _same_shape,
@@ -141,6 +174,9 @@ _SHAPES: dict[Callable[..., Any], Callable[..., Sequence[int]]] = {
     F.interpolate: _resized_shape,
     torch.Tensor.add: _summed_shape,
     torch.Tensor.matmul: _multiplied_shape,
+    torch.matmul: _multiplied_shape,
+    torch.bmm: _multiplied_shape,
+    torch.einsum: _summed_over_shape,
     F.scaled_dot_product_attention: _attended_shape,
     torch.conv2d: _convolved_shape,
 }
@@ -148,7 +184,10 @@ _SHAPES: dict[Callable[..., Any], Callable[..., Sequence[int]]] = {
 
 
 _DRAWS = frozenset(
-    {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_}
+    {
+        *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_),
+        *(torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_),
+    }
 )
 """What fills new weights with random numbers, most of the time of building a model."""
 
@@ -173,5 +212,71 @@ class ShapesOnly(TorchFunctionMode):
         if func in _DRAWS:
             return kwargs.get("tensor", args[0] if args else None)
         if func in _SHAPES:
-            return args[0].new_zeros(()).expand(*_SHAPES[func](*args, **kwargs))
+            like = next(arg for arg in args if isinstance(arg, Tensor))
+            return like.new_zeros(()).expand(*_SHAPES[func](*args, **kwargs))
         return func(*args, **kwargs)
+
+
+Cost = Callable[..., int]
+"""(result, *arguments of the call) -> multiply-adds."""
+
+
+def _linear_cost(result: Tensor, _tokens: Tensor, weight: Tensor, *_: Any) -> int:
+    return result.numel() * weight.shape[1]
+
+
+def _convolution_cost(result: Tensor, _images: Tensor, weight: Tensor, *_: Any) -> int:
+    return result.numel() * weight[0].numel()
+
+
+def _multiplication_cost(result: Tensor, first: Tensor, _second: Tensor) -> int:
+    return result.numel() * first.shape[-1]
+
+
+def _sum_cost(_result: Tensor, equation: str, *operands: Tensor) -> int:
+    return math.prod(_index_sizes(equation, *operands).values())
+
+
+def _attention_cost(result: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    return (query.numel() + result.numel()) * key.shape[-2]
+
+
+def _each(count: int) -> Cost:
+    return lambda result, *_, **__: count * result.numel()
+
+
+_PRODUCTS: dict[Callable[..., Any], Cost] = {
+    F.linear: _linear_cost,
+    torch.conv2d: _convolution_cost,
+    torch.Tensor.matmul: _multiplication_cost,
+    torch.matmul: _multiplication_cost,
+    torch.bmm: _multiplication_cost,
+    torch.einsum: _sum_cost,
+    F.scaled_dot_product_attention: _attention_cost,
+}
+_FVCORE = _PRODUCTS | {F.layer_norm: _each(5), F.batch_norm: _each(2), F.interpolate: _each(4)}
+
+
+class _CountedFunctions(ShapesOnly):
+    """Append the cost of every call of a function that has one.
+
+    Args:
+        macs: where to.
+        costs: of the functions.
+    """
+
+    def __init__(self, macs: list[int], costs: Mapping[Callable[..., Any], Cost]) -> None:
+        super().__init__()
+        self._macs, self._costs = macs, costs
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func in self._costs:
+            self._macs.append(self._costs[func](result, *args, **(kwargs or {})))
+        return result

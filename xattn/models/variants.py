@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from xattn.errors import ConfigError, check_choice, nearest
-from xattn.structures import Task
+from xattn.structures import Counting, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,7 @@ class Variant:
         objective: loss and decoding.
         paper_classes: classes of the paper's data set.
         paper_input: (C, H, W) at which the paper counts.
+        counting: how it counts multiply-adds, see `evaluate.cost`.
         paper_params: parameters as printed, None where the paper does not say.
         paper_macs: likewise.
         source: where these were printed.
@@ -149,6 +150,7 @@ class Variant:
     objective: Objective
     paper_classes: int
     paper_input: tuple[int, int, int]
+    counting: Counting = "segformer"
     paper_params: float | None
     paper_macs: float | None
     source: str

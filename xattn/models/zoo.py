@@ -107,7 +107,11 @@ def create_recipe(
     loss_numbers = override("loss", what, objective.settings, loss or {})
     model = create_model(name, num_classes=info.num_classes, **overrides)
     return Recipe(
-        model, functools.partial(objective.loss, **loss_numbers), objective.decode, variant.task
+        model,
+        functools.partial(objective.loss, **loss_numbers),
+        objective.decode,
+        variant.task,
+        variant.counting,
     )
 
 
@@ -130,7 +134,8 @@ def model_card(name: str) -> ModelCard:
         num_classes=variant.paper_classes,
         input=variant.paper_input,
         params=count_params(model),
-        macs=count_macs(model, variant.paper_input),
+        macs=count_macs(model, variant.paper_input, counting=variant.counting),
+        counting=variant.counting,
         paper_params=variant.paper_params,
         paper_macs=variant.paper_macs,
         source=variant.source,
