@@ -237,6 +237,50 @@ def verify(
         raise typer.Exit(3)
 
 
+@app.command("small-classes")
+def small_classes(
+    dataset: Annotated[
+        str,
+        typer.Argument(help="A data set of params.yaml, or a shard folder.", show_default=False),
+    ],
+    split: Annotated[str, typer.Option(help="The split that is counted.")] = "val",
+    unit: Annotated[
+        Literal["image", "component"],
+        typer.Option(help="One appearance: a class in an image, or a connected part of it."),
+    ] = "image",
+    measure: Annotated[
+        Literal["area", "box"], typer.Option(help="Below 1024 px, or both sides below 32 px.")
+    ] = "area",
+    share: Annotated[
+        float, typer.Option(min=0, max=0.999, help="Listed are classes more of which is small.")
+    ] = 0.6,
+    min_pixels: Annotated[int, typer.Option(min=1, help="Smaller parts do not count.")] = 1,
+    as_evaluated: Annotated[
+        bool, typer.Option("--as-evaluated", help="In the size of params.yaml's evaluate.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="The list, for evaluate.small_classes.")] = Path(
+        "small_classes.txt"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """List the classes that are mostly small, over which mIoU_small is the mean."""
+    from pipelines.small_classes import list_small_classes
+    from xattn.config import load_config
+    from xattn.evaluate.small_classes import SmallClassOptions, as_records
+
+    resize = load_config().evaluate.segmentation if as_evaluated else None
+    options = SmallClassOptions(
+        unit=unit, measure=measure, share=share, min_pixels=min_pixels, resize=resize
+    )
+    classes = list_small_classes(dataset, split, Path.cwd(), options, out)
+    if as_json:
+        _print_json(as_records(classes))
+        return
+    listed = [entry for entry in classes if entry.is_listed]
+    _print_table([(c.name, f"{c.small} of {c.appearances} are small") for c in listed])
+    print(f"{out}: {len(listed)} of {len(classes)} classes")
+
+
 @app.command()
 def train(name: Name) -> None:
     """Train one run of params.yaml, from wherever an earlier attempt left it."""
@@ -437,6 +481,27 @@ def bench_attention(
     for side, parts in result["sides"].items():
         for part, figures in parts.items():
             _print_table([(f"{side}, {part}, {key}", str(value)) for key, value in figures.items()])
+
+
+@bench_app.command("cla")
+def bench_cla(
+    side: Annotated[int, typer.Option(min=64, help="Side of the image in pixels.")] = 512,
+    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each form.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare CLA's two orders of products, forward and backward, and its memory with AFMA's."""
+    from benchmarks.cla import measure
+
+    result = measure(side, turns, threads)
+    if as_json:
+        _print_json(result)
+        return
+    for part, figures in result.items():
+        if isinstance(figures, dict):
+            _print_table([(f"{part}, {key}", str(value)) for key, value in figures.items()])
+        else:
+            _print_table([(part, str(figures))])
 
 
 @bench_app.command("train-step")

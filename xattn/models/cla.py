@@ -108,8 +108,9 @@ def partition(map_BHWC: Tensor, d: int) -> Tensor:
     What a side lacks to a multiple of d is filled with zeros at the right and below.
     """
     height, width = map_BHWC.shape[1:3]
-    padded = F.pad(map_BHWC, (0, 0, 0, -width % d, 0, -height % d))
-    cells: Tensor = padded.unflatten(2, (-1, d)).unflatten(1, (-1, d)).transpose(2, 3)
+    rows, columns = -(-height // d), -(-width // d)
+    padded = F.pad(map_BHWC, (0, 0, 0, columns * d - width, 0, rows * d - height))
+    cells: Tensor = padded.unflatten(2, (columns, d)).unflatten(1, (rows, d)).transpose(2, 3)
     return cells.flatten(3, 4).flatten(1, 2)
 
 
