@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.cla import compare_afma, compare_forms, forms_kept_mib
 from tests.test_models import images
 from xattn.errors import ConfigError
 from xattn.evaluate.cost import ShapesOnly, count_params
@@ -297,3 +298,40 @@ def test_compiles_whole(name):
     batch = images(2, 3, 65, 97)
     with torch.no_grad():
         torch.testing.assert_close(compiled(batch), model(batch))
+
+
+@pytest.mark.parametrize("impl", ["factored", "literal"])
+def test_exports_with_sides_left_open(impl):
+    """Any multiples of 32 * d from two on; of other sides, torch.export decides the padding."""
+    head = small_head(impl=impl).float().eval()
+    sides = [torch.export.Dim(name, min=2, max=32) for name in ("height", "width")]
+    open_sides = [{2: part * sides[0], 3: part * sides[1]} for part in (16, 8, 4, 2)]
+
+    def maps_of(height, width):
+        return [
+            normal(1, dim, part * height, part * width, dtype=torch.float32)
+            for dim, part in zip(DIMS, (16, 8, 4, 2), strict=True)
+        ]
+
+    program = torch.export.export(head, (maps_of(2, 3),), dynamic_shapes=(open_sides,))
+    for size in ((3, 2), (4, 5)):
+        maps = maps_of(*size)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(maps), head(maps))
+
+
+def test_factored_keeps_a_tenth_of_literal():
+    """B1 at 512 x 512 and d = 2."""
+    kept = forms_kept_mib(512, torch.device("cpu"))
+    assert kept["literal"] > 10 * kept["factored"]
+
+
+def test_factored_takes_less_than_half_the_time_of_literal():
+    """At half the sides, where it gains less; `xattn bench cla` has the figures at 512 x 512."""
+    assert compare_forms(256, 1, torch.device("cpu"))["times_faster"] > 2
+
+
+def test_afma_holds_eight_times_the_attention_of_both_pairs():
+    figures = compare_afma(128, torch.device("cpu"))
+    assert figures["attention_times_cla"] == 8.0
+    assert figures["kept_times_cla_literal"] > 4
