@@ -320,14 +320,10 @@ def test_exports_with_sides_left_open(impl):
             torch.testing.assert_close(program.module()(maps), head(maps))
 
 
-def test_factored_keeps_a_tenth_of_literal():
-    """B1 at 512 x 512 and d = 2."""
-    kept = forms_kept_mib(512, torch.device("cpu"))
+def test_factored_keeps_a_tenth_of_literal_and_takes_half_the_time():
+    """On B1 at smaller sides, where both gain less than at 512 x 512, see `xattn bench cla`."""
+    kept = forms_kept_mib(384, torch.device("cpu"))
     assert kept["literal"] > 10 * kept["factored"]
-
-
-def test_factored_takes_less_than_half_the_time_of_literal():
-    """At half the sides, where it gains less; `xattn bench cla` has the figures at 512 x 512."""
     assert compare_forms(256, 1, torch.device("cpu"))["times_faster"] > 2
 
 

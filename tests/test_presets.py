@@ -35,8 +35,9 @@ from xattn.storage import sha256_file, sha256_json, write_json
 from xattn.train.optim import build_optimizer, lr_at
 
 HILA = [name for name in list_presets() if name.startswith("hila-")]
+CLA = ["cla-ade20k", "cla-ablations-ade20k"]
 CITYSCAPES = [name for name in HILA if "cityscapes" in name]
-MIT_TUNED = [*CITYSCAPES, "hila-ade20k", "hila-celebamask"]
+MIT_TUNED = [*CITYSCAPES, "hila-ade20k", "hila-celebamask", *CLA]
 IMAGENET = ["hila-imagenet", "hila-ablations-imagenet"]
 PRETRAINED_BY = {
     run: spec
@@ -182,6 +183,24 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "datasets.celebamask.shards.images.max_side": 256,
         "evaluate.split": "test",
     },
+    **{
+        preset: {  # spec CLA 1.9
+            **SEGFORMER,
+            "finetune.augment.base": (512, 2048),
+            "finetune.augment.crop": (512, 512),
+            "finetune.fit.steps": 320_000,
+            "finetune.fit.global_batch": 8,
+            "finetune.validate_on.transform.base": (512, 2048),
+            "finetune.validate_on.transform.multiple": 64,
+            "evaluate.split": "val",
+            "evaluate.segmentation.base": (512, 2048),
+            "evaluate.segmentation.multiple": 64,
+            "evaluate.segmentation.window": None,
+            "evaluate.multi_scale": None,
+            "cluster.workers": 1,
+        }
+        for preset in CLA
+    },
 }
 
 
@@ -192,7 +211,7 @@ def number_at(config: Config, dotted: str) -> Any:
     return value
 
 
-@pytest.mark.parametrize("preset", HILA)
+@pytest.mark.parametrize("preset", [*HILA, *CLA])
 def test_numbers_are_the_paper_s(preset: str) -> None:
     config = load_config(preset_path(preset))
     found = {dotted: number_at(config, dotted) for dotted in NUMBERS[preset]}
@@ -224,6 +243,11 @@ def test_the_rates_of_fine_tuning_by_hand(preset: str) -> None:
 
 
 def test_the_ablations_keep_the_recipe_of_what_they_ablate() -> None:
+    whole, ablated = (load_config(preset_path(name)) for name in CLA)
+    assert ablated.finetune == whole.finetune
+    assert ablated.evaluate == whole.evaluate
+    for run in ("segformer_b0", "cla_segformer_b0"):
+        assert ablated.runs[run] == whole.runs[run]
     models, backbones = (load_config(preset_path(name)) for name in IMAGENET)
     assert backbones.pretrain == models.pretrain
     whole, ablated, wide = (
@@ -304,7 +328,34 @@ TABLE_1 = {
     **low("b2"),
 }  # fmt: skip
 FACES = {"segformer_b2": ("segformer_b2", SCRATCH, NARROW), B2: (B2, SCRATCH, NARROW)}
+CLA_B0: dict[str, dict[str, Any]] = {
+    "": {},
+    "_p14": {"pairs": [[1, 4]]},
+    "_p23": {"pairs": [[2, 3]]},
+    "_p13_p24": {"pairs": [[2, 4], [1, 3]]},
+    "_p34_p23_p12": {"pairs": [[3, 4], [2, 3], [1, 2]]},
+    "_p34_p23_p14": {"pairs": [[3, 4], [2, 3], [1, 4]]},
+    "_d1": {"d": 1},
+    **{f"_d{d}": {"d": d, "impl": "literal"} for d in (4, 8, 16)},
+    "_no_fuse": {"final_fuse": False, "proj": "always"},
+    "_no_fj": {"concat_fj": False, "proj": "always"},
+    "_gate": {"combine": "gate"},
+    "_concat": {"combine": "concat"},
+    "_unscaled": {"encoder_scale": "one", "decoder_scale": "one"},
+}
 RUNS = {
+    "cla-ade20k": {
+        **{name: run for size in ("b0", "b1", "b2") for name, run in low(size).items()},
+        **{
+            f"cla_segformer_{size}": (f"cla_segformer_{size}", f"mit_{size}", {})
+            for size in ("b0", "b1")
+        },
+    },
+    "cla-ablations-ade20k": low("b0")
+    | {
+        f"cla_segformer_b0{end}": ("cla_segformer_b0", "mit_b0", over)
+        for end, over in CLA_B0.items()
+    },
     "hila-ade20k": {**TABLE_1, B2: (B2, "mit_b2", {}), **high("b0_s3_unshared")},
     "hila-swin-ade20k": {
         name: (name, SWIN_T, {"drop_path": 0.3})
@@ -351,7 +402,7 @@ def shapes_of(spec: RunConfig, num_classes: int) -> dict[str, torch.Size]:
 
 
 @pytest.mark.parametrize(
-    ("preset", "run"), [(preset, run) for preset in HILA for run in runs_of(preset)]
+    ("preset", "run"), [(preset, run) for preset in (*HILA, *CLA) for run in runs_of(preset)]
 )
 def test_every_run_builds_and_its_initial_weights_fit(preset: str, run: str) -> None:
     spec = runs_of(preset)[run]
@@ -576,9 +627,10 @@ def miniature(preset: str, raw: Path) -> dict[str, Any]:
 
 
 def smallest(runs: dict[str, RunConfig]) -> str:
-    """Return the name of the smallest HILA run, or of the smallest where there is none."""
+    """Return the name of the smallest run of a paper's own system, else of the smallest."""
     cards = {name: model_card(spec.model) for name, spec in runs.items()}
-    return min(cards, key=lambda name: (cards[name].system != "HILA", cards[name].params))
+    own = ("HILA", "CLA")
+    return min(cards, key=lambda name: (cards[name].system not in own, cards[name].params))
 
 
 def lay_weights(init: str, base: Path) -> None:

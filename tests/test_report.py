@@ -244,7 +244,8 @@ def test_summary_table_lines_up(tree):
 
 
 def test_paper_numbers_hold_the_printed_rows_of_models_that_are_here():
-    (hila,) = tables.paper_numbers()
+    papers = {paper["key"]: paper for paper in tables.paper_numbers()}
+    hila, cla = papers["hila"], papers["cla"]
     rows = {(r["model"], r["dataset"], r["hila_pretraining"]): r for r in hila["rows"]}
     assert len(rows) == len(hila["rows"]) == 22
     best = rows["hila_segformer_b0_s3", "ade20k", True]
@@ -255,7 +256,12 @@ def test_paper_numbers_hold_the_printed_rows_of_models_that_are_here():
         69.4,
     )
     assert rows["segformer_b0", "cityscapes", None]["miou_ms"] == 78.1
-    for row in hila["rows"]:
+    small = {row["model"]: row for row in cla["rows"]}
+    assert small["cla_segformer_b0"]["miou_small"] - small["segformer_b0"]["miou_small"] == (
+        pytest.approx(7.02)
+    )
+    assert small["cla_segformer_b1"]["miou_ss"] == 43.12
+    for row in (*hila["rows"], *cla["rows"]):
         assert row["model"] in list_models()
 
 

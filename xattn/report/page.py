@@ -333,7 +333,9 @@ def _papers(runs: Sequence[Run]) -> list[dict[str, Any]]:
             printed = {row["dataset"] for model in models for row in model["rows"]}
             ours = {run.card["dataset"] for model in models for run in model["runs"]}
             elsewhere = sorted(ours - printed)
-            papers.append({**paper, "models": models, "elsewhere": elsewhere})
+            has_small = any("miou_small" in row for row in paper["rows"])
+            found = {"models": models, "elsewhere": elsewhere, "has_small": has_small}
+            papers.append({**paper, **found})
     return papers
 
 
