@@ -265,6 +265,21 @@ def test_paper_numbers_hold_the_printed_rows_of_models_that_are_here():
         assert row["model"] in list_models()
 
 
+def test_small_classes_stand_beside_the_printed_ones(tree, tmp_path):
+    edit_json(tree / "finetune/plain/model.json", "model", "cla_segformer_b0")
+    edit_json(tree / "evaluate/plain/metrics.json", "mIoU_small", 0.2875)
+    text = page.write_report(tree, tmp_path / "out", "T").read_text()
+    table = text[text.index('id="papers"') :]
+    table = table[table.index("Chung, Lu, Cho, Yu") :]
+    assert "small classes, %" in table
+    assert '<td class="n">28.7</td>' in table
+    assert '<td class="n">29.66</td>' in table
+    assert '<td class="n">None</td>' not in text
+    edit_json(tree / "finetune/plain/model.json", "model", "hila_segformer_b0_s3")
+    text = page.write_report(tree, tmp_path / "out", "T").read_text()
+    assert "small classes, %" not in text[text.index('id="papers"') :]
+
+
 def test_report_holds_every_run_and_escapes_every_name(report):
     text = report.read_text(encoding="utf-8")
     for name in ("plain", "_<wbr>&lt;s3&gt;", "first", "A &amp; &lt;i&gt;B", "seed: 1 # &lt;x&gt;"):

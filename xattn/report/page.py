@@ -74,7 +74,7 @@ def render(results: tables.Results, title: str, params_text: str | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=_percent, rate=_rate, words=_words)
+    environment.filters.update(percent=_percent, rate=_rate, words=_words, printed=_printed)
     runs = results.runs
     index = {(run.stage, run.name): number for number, run in enumerate(runs)}
     groups = [_group(number, members, index) for number, members in enumerate(_by_data_set(runs))]
@@ -395,6 +395,11 @@ def _data_uri(kind: str, data: bytes) -> str:
 def _percent(value: float | None) -> str:
     """Return a fraction as a number of per cent with one decimal, or a dash."""
     return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _printed(value: float | None) -> str:
+    """Return a number as the paper has it, or a dash."""
+    return "-" if value is None else str(value)
 
 
 def _rate(value: float | None) -> str:
