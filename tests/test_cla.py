@@ -322,7 +322,7 @@ def test_exports_with_sides_left_open(impl):
 
 def test_factored_keeps_a_tenth_of_literal_and_takes_half_the_time():
     """On B1 at smaller sides, where both gain less than at 512 x 512, see `xattn bench cla`."""
-    kept = forms_kept_mib(384, torch.device("cpu"))
+    kept = forms_kept_mib(448, torch.device("cpu"))
     assert kept["literal"] > 10 * kept["factored"]
     assert compare_forms(256, 1, torch.device("cpu"))["times_faster"] > 2
 
