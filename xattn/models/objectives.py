@@ -52,12 +52,12 @@ CLASSIFICATION = Objective(
 )
 
 # mmsegmentation 0.x, which trained the published segmenters, divides by all pixels.
-_NORMALISE = name("all", "valid")
+NORMALISE = name("all", "valid")
 
-SEGMENTATION = Objective(_segmentation_loss, decode_segmentation, {"normalise": _NORMALISE})
+SEGMENTATION = Objective(_segmentation_loss, decode_segmentation, {"normalise": NORMALISE})
 
 AUXILIARY_SEGMENTATION = Objective(
     _segmentation_loss,
     decode_segmentation,
-    {"normalise": _NORMALISE, "auxiliary_weight": number(_AUXILIARY_WEIGHT)},
+    {"normalise": NORMALISE, "auxiliary_weight": number(_AUXILIARY_WEIGHT)},
 )

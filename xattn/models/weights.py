@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from xattn.errors import CheckpointError, UnknownNameError
 from xattn.models.hila import Hila
 from xattn.models.swin_weights import SWIN_SOURCES
+from xattn.models.vit_weights import VIT_SOURCES
 from xattn.models.weights_names import from_hila, from_hugging_face, from_nvlabs, from_timm_pvt
+from xattn.nn.grids import resize_grids
 from xattn.storage import write_atomic
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -57,7 +59,10 @@ SOURCES = (
         re.compile(r"^stages\.\d\.(downsample\.proj\.|blocks\.\d+\.attn\.(q|kv)\.)"),
         from_timm_pvt,
     ),
-    *(Source(name, mark, convert) for name, (mark, convert) in SWIN_SOURCES.items()),
+    *(
+        Source(name, mark, convert)
+        for name, (mark, convert) in (VIT_SOURCES | SWIN_SOURCES).items()
+    ),
     Source("xattn", re.compile(""), dict),
 )
 """Every source known, the first whose mark is found is taken; ours is what none of them claims."""
@@ -117,8 +122,9 @@ def load_weights(
     """Set a model's weights from a file or a state dict, in whole or in part.
 
     A backbone's weights, with or without their "backbone." prefix, fit whatever model has that
-    backbone. Head tensors of another shape (another number of classes) are left out. After plain
-    backbone weights have come into a HILA backbone, its low blocks are copied anew.
+    backbone. Head tensors of another shape (another number of classes) are left out, position
+    embeddings of another grid resized. After plain backbone weights have come into a HILA backbone,
+    its low blocks are copied anew.
 
     Args:
         model: is changed in place.
@@ -141,6 +147,7 @@ def load_weights(
     wanted = _recognise(raw) if source == "auto" else source
     own = model.state_dict()
     given = _match_prefix(SOURCES[names.index(wanted)].convert(raw), own)
+    given = resize_grids(model, given)
     fitting, other_shape = _fitting(given, own)
     if not fitting and not other_shape:
         raise CheckpointError(f"{origin}: {_strangeness(raw, wanted, own)}")
