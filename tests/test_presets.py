@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.io import savemat
 
 from pipelines.evaluate import evaluate
 from pipelines.finetune import finetune
@@ -23,19 +24,23 @@ from pipelines.pretrain import pretrain
 from pipelines.shard import shard
 from tests.conftest import write_params
 from tests.raw_files import write_mask, write_text
+from tests.test_segvit import TINY
 from xattn.config import Config, RunConfig, list_presets, load_config, preset_path, read_yaml
 from xattn.data.datasets.cityscapes import CLASSES
 from xattn.data.datasets.cityscapes import MASK_END as CITY_MASK
 from xattn.errors import XattnError
+from xattn.evaluate.cost import ShapesOnly
 from xattn.experiment import SCRATCH, Stage
 from xattn.models.weights import load_weights, save_weights
 from xattn.models.zoo import create_model, model_card
 from xattn.nn.blocks import DropPath
+from xattn.nn.grids import Grid
 from xattn.storage import sha256_file, sha256_json, write_json
 from xattn.train.optim import build_optimizer, lr_at
 
 HILA = [name for name in list_presets() if name.startswith("hila-")]
 CLA = ["cla-ade20k", "cla-ablations-ade20k"]
+SEGVIT = [name for name in list_presets() if name.startswith("segvit-")]
 CITYSCAPES = [name for name in HILA if "cityscapes" in name]
 MIT_TUNED = [*CITYSCAPES, "hila-ade20k", "hila-celebamask", *CLA]
 IMAGENET = ["hila-imagenet", "hila-ablations-imagenet"]
@@ -204,6 +209,68 @@ NUMBERS: dict[str, dict[str, Any]] = {
 }
 
 
+def of_segvit(  # spec SegViT 5.1 and 5.2
+    base: tuple[int, int], crop: int, stride: int, steps: int, decay: float, power: float
+) -> dict[str, Any]:
+    return {
+        "seed": 0,
+        "finetune.augment.base": base,
+        "finetune.augment.crop": (crop, crop),
+        "finetune.augment.ratio": (0.5, 2.0),
+        "finetune.augment.class_cap": 0.75,
+        "finetune.augment.flip": 0.5,
+        "finetune.augment.photometric": True,
+        "finetune.loss": {},
+        "finetune.fit.steps": steps,
+        "finetune.fit.global_batch": 16,
+        "finetune.fit.precision": "fp32",
+        "finetune.fit.clip_norm": 35.0,
+        "finetune.optim.lr": 2e-5,
+        "finetune.optim.head_lr_multiplier": 10.0,
+        "finetune.optim.weight_decay": decay,
+        "finetune.optim.no_decay": ("norm",),
+        "finetune.optim.decay_vectors": True,
+        "finetune.optim.betas": (0.9, 0.999),
+        "finetune.optim.schedule": "poly",
+        "finetune.optim.power": power,
+        "finetune.optim.min_lr": 0.0,
+        "finetune.optim.warmup_steps": 1500,
+        "finetune.optim.warmup_start": 1e-6,
+        **{
+            f"evaluate.{part}.{key}": value
+            for part in ("segmentation", "multi_scale")
+            for key, value in (
+                ("base", base),
+                ("shortest", crop),
+                ("multiple", 1),
+                ("window.crop", (crop, crop)),
+                ("window.stride", (stride, stride)),
+            )
+        },
+        "evaluate.multi_scale.ratios": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+        "evaluate.multi_scale.flip": True,
+        "evaluate.multi_scale.average": "probabilities",
+    }
+
+
+ADE_512 = of_segvit((512, 2048), 512, 341, 160_000, 0.01, 1.0)
+NUMBERS |= {
+    "segvit-ade20k": of_segvit((640, 2048), 640, 608, 160_000, 0.01, 1.0),
+    "segvit-ade20k-512": ADE_512,
+    "segvit-ablations-ade20k": ADE_512,
+    "segvit-cocostuff10k": {
+        **of_segvit((512, 2048), 512, 341, 80_000, 0.02, 2.0),
+        "evaluate.split": "test",
+        "datasets.cocostuff.settings": {"version": "10k", "classes": 171},
+    },
+    "segvit-pascal-context": {
+        **of_segvit((520, 520), 480, 320, 80_000, 0.03, 1.0),
+        "evaluate.split": "val",
+        "datasets.pascal_context.settings": {"classes": 60},
+    },
+}
+
+
 def number_at(config: Config, dotted: str) -> Any:
     value: Any = config
     for key in dotted.split("."):
@@ -211,7 +278,7 @@ def number_at(config: Config, dotted: str) -> Any:
     return value
 
 
-@pytest.mark.parametrize("preset", [*HILA, *CLA])
+@pytest.mark.parametrize("preset", [*HILA, *CLA, *SEGVIT])
 def test_numbers_are_the_paper_s(preset: str) -> None:
     config = load_config(preset_path(preset))
     found = {dotted: number_at(config, dotted) for dotted in NUMBERS[preset]}
@@ -371,6 +438,53 @@ RUNS = {
         for end, (alpha, beta) in CONSTANTS.items()
     },
 }
+
+
+VIT_B, VIT_L = (
+    f"weights/{name}.pth" for name in ("jx_vit_base_p16_384", "vit_large_patch16_384_augreg")
+)
+
+
+def full_and_shrunk(**overrides: Any) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    return {name: (name, VIT_L, overrides) for name in ("segvit_l", "segvit_shrunk_l")}
+
+
+RUNS |= {
+    "segvit-ade20k": full_and_shrunk()
+    | {  # table 7
+        "segvit_shrunk_l_conv": ("segvit_shrunk_l", VIT_L, {"sampling": "conv"}),
+        "segvit_shrunk_l_qkv": ("segvit_shrunk_l", VIT_L, {"sampling": "nearest_qkv"}),
+    },
+    "segvit-ade20k-512": {
+        "segvit_b": ("segvit_b", VIT_B, {}),
+        "segvit_swin_t": ("segvit_swin_t", SWIN_T, {}),
+    },
+    "segvit-cocostuff10k": full_and_shrunk(crop=[512, 512]),
+    "segvit-pascal-context": full_and_shrunk(crop=[480, 480]),
+    "segvit-ablations-ade20k": {  # tables 4, 5 and 8
+        "setr_naive_b": ("setr_naive_b", VIT_B, {}),
+        "segvit_b_12_ce": ("segvit_b", VIT_B, {"taps": [12]}),
+        "segvit_b_12": ("segvit_b", VIT_B, {"taps": [12]}),
+        "segvit_b_6_12": ("segvit_b", VIT_B, {"taps": [6, 12]}),
+        "segvit_b": ("segvit_b", VIT_B, {}),
+        "segvit_b_3_6_9_12": ("segvit_b", VIT_B, {"taps": [3, 6, 9, 12]}),
+        "segvit_naive_shrunk_b": ("segvit_naive_shrunk_b", VIT_B, {}),
+        "segvit_shrunk_b": ("segvit_shrunk_b", VIT_B, {}),
+    },
+}
+
+
+@pytest.mark.parametrize("preset", SEGVIT)
+def test_models_of_segvit_are_of_the_crop_and_one_loss_is_another(preset: str) -> None:
+    config = load_config(preset_path(preset))
+    for name, spec in config.runs.items():
+        assert spec.loss == ({"kind": "ce"} if name == "segvit_b_12_ce" else {})
+        with ShapesOnly():
+            built = create_model(spec.model, num_classes=1, **spec.overrides)
+        for part in built.modules():
+            if isinstance(part, Grid):
+                side = config.finetune.augment.crop[0] // 16
+                assert part.weight.shape[:2] == (side, side)
 
 
 @pytest.mark.parametrize("preset", RUNS)
@@ -546,6 +660,28 @@ def make_camvid(root: Path) -> None:
             write_mask(root / f"{split}annot/f{number}.png", blocks((96, 72), range(12), number))
 
 
+def make_cocostuff(root: Path) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        names = [f"{split}_{number}" for number in range(count)]
+        write_text(root / f"imageLists/{split}.txt", "".join(f"{name}\n" for name in names))
+        for number, name in enumerate(names):
+            draw(root / f"images/{name}.jpg", (96, 72), number)
+            path = root / f"annotations/{name}.mat"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            savemat(path, {"S": blocks((96, 72), [0, 1, 2, 100, 182], number)})
+
+
+def make_pascal_context(root: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        names = [f"2008_{split}{number}" for number in range(count)]
+        lists = root / f"ImageSets/SegmentationContext/{split}.txt"
+        write_text(lists, "".join(f"{name}\n" for name in names))
+        for number, name in enumerate(names):
+            draw(root / f"JPEGImages/{name}.jpg", (96, 72), number)
+            mask = blocks((96, 72), range(60), number)
+            write_mask(root / f"SegmentationClassContext/{name}.png", mask)
+
+
 def make_folder(root: Path) -> None:
     for split in ("train", "val", "test"):
         for name in ("glass", "paper"):
@@ -558,8 +694,10 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "camvid": make_camvid,
     "celebamask": make_celebamask,
     "cityscapes": make_cityscapes,
+    "cocostuff": make_cocostuff,
     "folder": make_folder,
     "imagenet": make_imagenet,
+    "pascal_context": make_pascal_context,
 }
 FEW = {"train": 4, "val": 2, "test": 2, "image_size": [64, 64]}  # of drawn scenes
 FEW_SETTINGS = {"imagenet": {"classes": 3}}
@@ -567,7 +705,7 @@ FEW_SETTINGS = {"imagenet": {"classes": 3}}
 
 # ---- real steps ---------------------------------------------------------------------------------
 
-SIZES = {"base", "crop", "stride", "size", "resize"}
+SIZES = {"base", "crop", "stride", "size", "resize", "shortest"}
 
 
 def shrink(section: Any, factor: float) -> Any:
@@ -604,7 +742,9 @@ def miniature(preset: str, raw: Path) -> dict[str, Any]:
             dataset["settings"] |= FEW
         else:
             dataset["root"] = str(raw / dataset["reader"])
-            dataset["settings"] = FEW_SETTINGS.get(dataset["reader"], {})
+            dataset["settings"] = dataset.get("settings", {}) | FEW_SETTINGS.get(
+                dataset["reader"], {}
+            )
     of_class = params["pretrain"]["augment"]["size"] / 32
     of_crop = max(params["finetune"]["augment"]["crop"]) / 64
     # More than the order has partitions, so that images are mixed.
@@ -619,8 +759,10 @@ def miniature(preset: str, raw: Path) -> dict[str, Any]:
         evaluation["crops"] = scaled(evaluation["crops"], 4)
     evaluation |= {"batch": 2, "device": "cpu", "pictures": 1}
     for run in params["runs"].values():
-        if run["init"] == SWIN_T:
+        if run["init"].startswith("weights/"):
             run["init"] = SCRATCH
+        if run["model"] in TINY:
+            run["overrides"] = run.get("overrides", {}) | TINY[run["model"]]
     params["cluster"] |= {"backend": "process", "workers": 1, "device": "cpu"}
     params["tracking"]["enabled"] = False
     return params

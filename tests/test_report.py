@@ -245,7 +245,7 @@ def test_summary_table_lines_up(tree):
 
 def test_paper_numbers_hold_the_printed_rows_of_models_that_are_here():
     papers = {paper["key"]: paper for paper in tables.paper_numbers()}
-    hila, cla = papers["hila"], papers["cla"]
+    hila, cla, segvit = (papers[key] for key in ("hila", "cla", "segvit"))
     rows = {(r["model"], r["dataset"], r["hila_pretraining"]): r for r in hila["rows"]}
     assert len(rows) == len(hila["rows"]) == 22
     best = rows["hila_segformer_b0_s3", "ade20k", True]
@@ -261,7 +261,12 @@ def test_paper_numbers_hold_the_printed_rows_of_models_that_are_here():
         pytest.approx(7.02)
     )
     assert small["cla_segformer_b1"]["miou_ss"] == 43.12
-    for row in (*hila["rows"], *cla["rows"]):
+    of_segvit = {(row["model"], row["dataset"]): row for row in segvit["rows"]}
+    assert len(of_segvit) == len(segvit["rows"]) == 11
+    full = of_segvit["segvit_l", "ade20k"]
+    assert (full["flops_g"], full["miou_ss"], full["miou_ms"]) == (637.9, 54.6, 55.2)
+    assert of_segvit["segvit_shrunk_l", "pascal_context"]["miou_ms"] == 57.4
+    for row in (*hila["rows"], *cla["rows"], *segvit["rows"]):
         assert row["model"] in list_models()
 
 

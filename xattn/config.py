@@ -49,12 +49,14 @@ class RunConfig(_Section):
         dataset: a key of `datasets`.
         init: the model.json of a pretrained run, a weights file, or pipelines/scratch.json.
         overrides: numbers of the model that differ from the published ones.
+        loss: numbers of the loss that differ from its stage's.
     """
 
     model: str
     dataset: str
     init: str
     overrides: dict[str, Any] = {}
+    loss: dict[str, Any] = {}
 
 
 class _ValidateConfig(ProtocolConfig):

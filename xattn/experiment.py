@@ -120,6 +120,7 @@ def plan_job(config: Config, stage: Stage, run: str, base: Path) -> tuple[TrainJ
     if run not in runs:
         raise ConfigError(f"{section}: {UnknownNameError('run', run, runs)}")
     spec, recipe = runs[run], config.pretrain if stage == "pretrain" else config.finetune
+    recipe = recipe.model_copy(update={"loss": {**recipe.loss, **spec.loss}})
     wanted: Task = "classification" if stage == "pretrain" else "segmentation"
     if spec.model not in list_models(wanted):
         near = UnknownNameError(f"{wanted} model", spec.model, list_models(wanted))

@@ -142,7 +142,8 @@ class Recipe:
             others are reported. A sum over samples or pixels is divided by a count that does not
             depend on how the batch was split over ranks, for which it may ask `mean_over_ranks`.
         decode: (outputs, (height, width)) -> prediction. Segmentation: (B, K, height, width);
-            classification: (B, K), both logits; detection: torchvision's list of dicts.
+            classification: (B, K), both logits (of SegViT scores, not below 0);
+            detection: torchvision's list of dicts.
         task: what the model is for.
         counting: how the model's paper counts multiply-adds.
     """

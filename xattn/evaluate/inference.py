@@ -7,6 +7,8 @@ A segmentation model sees an image whole or in sliding windows, at one scale or 
 without its mirror image (spec HILA 5.1, SegViT 5.2). Windows lie as in mmsegmentation: every
 `stride`, the last one moved back to the border. Their logits are averaged where they overlap, then
 resized (bilinear) to the truth's size; of several views the probabilities are averaged.
+Where a model decodes to scores (SegViT's, which are not below 0 and no logits), windows average
+those and views their softmax, as its authors' framework does.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

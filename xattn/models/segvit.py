@@ -17,8 +17,9 @@ Differences from the authors' code:
 - Of attention layers whose logits nobody reads, the fused kernel computes the output alone.
 - Keys and values are one Linear.
 
-The eval model can be exported with dynamic height and width if these are given as multiples of 16
-(for Swin of 224); at other sizes images are stretched, and export would fix the size.
+The eval model can be exported with dynamic height and width where these are multiples of 16 px, of
+32 if the map shrinks, of 224 for Swin, and larger than that: at other sizes images are stretched or
+filled up and odd maps halved, for which the trace would hold one case alone.
 
 Shape suffixes: B batch, S taps or layers that have a mask, N queries (query j is class j), K
 classes, L tokens of a map, H W its rows and columns, C channels of the backbone, D of the head.
