@@ -854,6 +854,20 @@ def test_real_steps_and_the_protocol_on_tiny_data(
     assert ("mIoU_ms" in metrics) == (config.evaluate.multi_scale is not None)
 
 
+def test_a_run_s_own_loss_is_the_one_that_it_descends(
+    places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cross entropy of scores in [0, 1] stays by log(150); the set loss has that and more in it."""
+    monkeypatch.chdir(tmp_path)
+    params = miniature("segvit-ablations-ade20k", places[0])
+    load_config(write_params(tmp_path, params))
+    use_shards("ade20k", params["datasets"]["ade20k"], tmp_path, places[1])
+    for run, is_ce in (("segvit_b_12_ce", True), ("segvit_b_12", False)):
+        with (finetune(run, tmp_path) / "curve.csv").open() as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+        assert all((loss < math.log(150) + 0.1) == is_ce for loss in losses), losses
+
+
 def test_weights_of_another_backbone_do_not_slip_in() -> None:
     """What the test of initial weights rules out is refused: a patch of 6 is not one of 4."""
     model = create_model("hila_segformer_b1_s234", num_classes=19)

@@ -55,20 +55,20 @@ _TAPS: tuple[Rule, ...] = (
     (r"^decode_head\.decoder_(\d)\.layers\.", lambda match: f"head.stacks.{_index(match)}."),
 )
 _CASCADE: tuple[Rule, ...] = (
+    *_LAYER,  # first: the backbone's norms get names of its own
     *_BACKBONE,
     *_TAPS,
     (r"^decode_head\.q\.weight$", "head.queries"),
     (r"^decode_head\.class_embed\.", "head.classify."),
-    *_LAYER,
 )
 _SHRUNK: tuple[Rule, ...] = (
+    *_LAYER,  # first: the backbone's norms get names of its own
     *_BACKBONE,
     *_TAPS,
     (r"^decode_head\.q\.weight$", "head.cells.weight"),
     (r"^decode_head\.atm\.decoder_1\.layers\.", "head.atm.layers."),
     (r"^decode_head\.atm\.q\.weight$", "head.atm.queries"),
     (r"^decode_head\.atm\.class_embed\.", "head.atm.classify."),
-    *_LAYER,
 )
 # The class weights of the loss, and the unused convolution that the head's base class makes.
 _SEGVIT_UNUSED = re.compile(r"\.criterion\.empty_weight$|^decode_head\.(atm\.)?conv_seg\.")
