@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -123,6 +123,19 @@ class Batch:
         return replace(self, images=images, target=target)
 
 
+class BoxTarget(NamedTuple):
+    """The objects of a batch, padded to as many an image as the one with most has.
+
+    Args:
+        boxes: (B, M, 4) float32 x1, y1, x2, y2 in pixels of the images that the model takes, edges
+            at pixel borders; M may be 0.
+        labels: (B, M) int64 of 0..K-1, -1 where there is no object.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+
+
 MeanOverRanks = Callable[["Tensor"], "Tensor"]
 """Averages a tensor over all ranks without gradient; the identity in a single process."""
 
@@ -139,7 +152,7 @@ class Recipe:
     Args:
         model: plain module with only `forward(images (B, 3, H, W))`.
         loss: (outputs, target, mean_over_ranks) -> named scalars; "loss" is the one to descend, the
-            others are reported. A sum over samples or pixels is divided by a count that does not
+            others are reported. A detector's target is a `BoxTarget`. A sum over samples or pixels is divided by a count that does not
             depend on how the batch was split over ranks, for which it may ask `mean_over_ranks`.
         decode: (outputs, (height, width)) -> prediction. Segmentation: (B, K, height, width);
             classification: (B, K), both logits (of SegViT scores, not below 0);

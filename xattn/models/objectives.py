@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xattn.losses import classification_cross_entropy, segmentation_cross_entropy
-from xattn.models.variants import Objective, name, number, rate
+from xattn.models.multibox import decode_detections, multibox_loss
+from xattn.models.variants import Objective, count, name, number, rate
 from xattn.structures import MeanOverRanks
 
 _AUXILIARY_WEIGHT = 0.4  # mmsegmentation's configuration of UPerNet for Swin
@@ -61,3 +62,6 @@ AUXILIARY_SEGMENTATION = Objective(
     decode_segmentation,
     {"normalise": NORMALISE, "auxiliary_weight": number(_AUXILIARY_WEIGHT)},
 )
+
+# Three to one: SSD (Liu et al. 2016, section 2.2).
+DETECTION = Objective(multibox_loss, decode_detections, {"negatives": count(3)})

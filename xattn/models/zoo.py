@@ -10,12 +10,18 @@ from torch import nn
 from xattn.errors import ConfigError, UnknownNameError
 from xattn.evaluate.cost import ShapesOnly, count_macs, count_params
 from xattn.models.variants import Variant, override
+from xattn.models.variants_cfsam import CFSAM_VARIANTS
 from xattn.models.variants_cla import CLA_VARIANTS
 from xattn.models.variants_hila import HILA_VARIANTS
 from xattn.models.variants_segvit import SEGVIT_VARIANTS
 from xattn.structures import DatasetInfo, ModelCard, Recipe, Task
 
-_VARIANTS: dict[str, Variant] = {**HILA_VARIANTS, **CLA_VARIANTS, **SEGVIT_VARIANTS}
+_VARIANTS: dict[str, Variant] = {
+    **HILA_VARIANTS,
+    **CLA_VARIANTS,
+    **SEGVIT_VARIANTS,
+    **CFSAM_VARIANTS,
+}
 
 
 def list_models(task: Task | None = None, system: str | None = None) -> list[str]:
