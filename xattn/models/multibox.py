@@ -32,6 +32,7 @@ _SIZES_PX = {  # of a map's smaller square; the larger one's is the mean (geomet
 BOXES_PER_CELL = tuple(2 + 2 * len(ratios) for ratios in _RATIOS)
 
 _CENTRE_VARIANCE, _SIZE_VARIANCE = 0.1, 0.2
+_LARGEST_LOG_RATIO = math.log(1000 / 16)  # no box is infinite: torchvision's limit
 _MATCHING_IOU = 0.5
 _LEAST_SCORE = 0.01
 _NMS_IOU = 0.45
@@ -99,10 +100,13 @@ def encode(boxes_xyxy: Tensor, defaults_cxcywh: Tensor) -> Tensor:
 
 
 def decode(offsets: Tensor, defaults_cxcywh: Tensor) -> Tensor:
-    """Return the boxes (B, P, 4) xyxy that `encode` gave these offsets (B, P, 4) for."""
+    """Return the boxes (B, P, 4) xyxy that `encode` gave these offsets (B, P, 4) for.
+
+    No side is more than 62.5 times that of the default box.
+    """
     scale = defaults_cxcywh[:, 2:]
     centres = defaults_cxcywh[:, :2] + offsets[..., :2] * (scale * _CENTRE_VARIANCE)
-    sides = scale * (offsets[..., 2:] * _SIZE_VARIANCE).exp()
+    sides = scale * (offsets[..., 2:] * _SIZE_VARIANCE).clamp(max=_LARGEST_LOG_RATIO).exp()
     return to_corners(torch.cat([centres, sides], -1))
 
 
@@ -122,8 +126,8 @@ def match(boxes_xyxy: Tensor, labels: Tensor, defaults_cxcywh: Tensor) -> Tensor
         (B, P) int64: 0..M-1, or -1 for background.
     """
     exists = (labels >= 0) & (boxes_xyxy[..., 2:] > boxes_xyxy[..., :2]).all(-1)
+    boxes_xyxy = boxes_xyxy.where(exists[..., None], 0)  # whose IoU with anything is 0
     iou_BMP = _iou(boxes_xyxy, to_corners(defaults_cxcywh))
-    iou_BMP = iou_BMP.masked_fill(~exists[..., None], -1.0)
     largest_iou, of_default = iou_BMP.max(1)
     of_default = of_default.masked_fill(largest_iou < _MATCHING_IOU, -1)
     numbers = torch.arange(labels.shape[1], device=labels.device)
@@ -138,8 +142,8 @@ def _iou(boxes_xyxy: Tensor, defaults_xyxy: Tensor) -> Tensor:
     # A plane a coordinate: the last axis is then the long one, which is vectorised.
     x1, y1, x2, y2 = boxes_xyxy[..., None].unbind(2)
     left, top, right, bottom = defaults_xyxy.unbind(1)
-    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp_(min=0)
-    height = (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp_(min=0)
+    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
+    height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0)
     intersection = width.mul_(height)
     union = ((x2 - x1) * (y2 - y1) + (right - left) * (bottom - top)).sub_(intersection)
     return intersection.div_(union)
@@ -195,7 +199,7 @@ def _multibox_loss(
 
 def _hardest(loss: Tensor, is_matched: Tensor, counts: Tensor) -> Tensor:
     """Return (B, P): whether a default box is among its image's `counts` (B, 1) worst unmatched."""
-    order = loss.masked_fill(is_matched, -1.0).argsort(1, descending=True, stable=True)
+    order = loss.masked_fill(is_matched, -1.0).argsort(dim=1, descending=True, stable=True)
     ranks = torch.arange(loss.shape[1], device=loss.device)
     first = ranks < counts
     return torch.zeros_like(is_matched).scatter_(1, order, first) & ~is_matched

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xattn.errors import CheckpointError, UnknownNameError
 from xattn.models.hila import Hila
+from xattn.models.ssd_weights import SSD_SOURCES
 from xattn.models.swin_weights import SWIN_SOURCES
 from xattn.models.vit_weights import VIT_SOURCES
 from xattn.models.weights_names import from_hila, from_hugging_face, from_nvlabs, from_timm_pvt
@@ -61,7 +62,7 @@ SOURCES = (
     ),
     *(
         Source(name, mark, convert)
-        for name, (mark, convert) in (VIT_SOURCES | SWIN_SOURCES).items()
+        for name, (mark, convert) in (VIT_SOURCES | SWIN_SOURCES | SSD_SOURCES).items()
     ),
     Source("xattn", re.compile(""), dict),
 )
