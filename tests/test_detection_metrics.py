@@ -31,6 +31,23 @@ def detections(*rows):
     return {"labels": table[:, 0].long(), "scores": table[:, 1], "boxes": table[:, 2:]}
 
 
+def slow_best(found, class_id, boxes, extra):
+    """Return the largest IoU with a box of the class, and which one it is."""
+    x1, y1, x2, y2 = found
+    best, which = 0.0, None
+    for number, box in enumerate(boxes):
+        width = min(x2, box.x2) - max(x1, box.x1) + extra
+        height = min(y2, box.y2) - max(y1, box.y1) + extra
+        if box.class_id != class_id or width <= 0 or height <= 0:
+            continue
+        area = (x2 - x1 + extra) * (y2 - y1 + extra)
+        own = (box.x2 - box.x1 + extra) * (box.y2 - box.y1 + extra)
+        overlap = width * height / (area + own - width * height)
+        if overlap > best:
+            best, which = overlap, number
+    return best, which
+
+
 def slow_scores(images, truths, num_classes, iou, extra):
     """Follow the development kit detection by detection."""
     scores = []
@@ -46,20 +63,8 @@ def slow_scores(images, truths, num_classes, iou, extra):
         rows.sort(key=lambda row: row[0])
         count = sum(b.class_id == class_id and not b.difficult for own in truths for b in own)
         taken, right, wrong, curve = set(), 0, 0, []
-        for _, _, image, (x1, y1, x2, y2) in rows:
-            best, which = 0.0, None
-            for number, box in enumerate(truths[image]):
-                if box.class_id != class_id:
-                    continue
-                width = min(x2, box.x2) - max(x1, box.x1) + extra
-                height = min(y2, box.y2) - max(y1, box.y1) + extra
-                if width <= 0 or height <= 0:
-                    continue
-                area = (x2 - x1 + extra) * (y2 - y1 + extra)
-                own = (box.x2 - box.x1 + extra) * (box.y2 - box.y1 + extra)
-                overlap = width * height / (area + own - width * height)
-                if overlap > best:
-                    best, which = overlap, number
+        for _, _, image, box in rows:
+            best, which = slow_best(box, class_id, truths[image], extra)
             if best >= iou:
                 if truths[image][which].difficult:
                     continue
@@ -74,9 +79,7 @@ def slow_scores(images, truths, num_classes, iou, extra):
         if not count:
             scores.append((math.nan, math.nan))
             continue
-        eleven = sum(
-            max((p for r, p in curve if r >= t * 0.1), default=0.0) for t in range(11)
-        )
+        eleven = sum(max((p for r, p in curve if r >= t * 0.1), default=0.0) for t in range(11))
         area, last = 0.0, 0.0
         for n, (recall, _) in enumerate(curve):
             area += (recall - last) * max(p for _, p in curve[n:])
@@ -101,11 +104,17 @@ def test_voc_scores_are_those_of_the_slow_reference(inclusive, iou):
             ]
         )
         shifted = [
-            (box.class_id, rng.integers(0, 9) / 10, *(np.array(corner(box)) + rng.integers(-4, 5, 4)))
+            (
+                box.class_id,
+                rng.integers(0, 9) / 10,
+                *(np.array(corner(box)) + rng.integers(-4, 5, 4)),
+            )
             for box in truths[-1]
             for _ in range(rng.integers(0, 4))
         ]
-        strays = [(rng.integers(0, 4), rng.random(), *p, *(p + 20)) for p in rng.random((3, 2)) * 40]
+        strays = [
+            (rng.integers(0, 4), rng.random(), *p, *(p + 20)) for p in rng.random((3, 2)) * 40
+        ]
         images.append(detections(*shifted, *strays))
     found, objects = found_in(images), objects_in(truths)
     scores = voc_scores(found, objects, 5, iou=iou, inclusive=inclusive)
@@ -231,9 +240,7 @@ def test_published_voc_case():
     found = np.array([(image, *row) for image, row in read_rows(folder / "dets")])
     truth = np.array([(image, *row) for image, row in read_rows(folder / "gts")])
     zeros = np.zeros(len(found), dtype=np.int64)
-    detected = Found(
-        found[:, 0].astype(np.int64), zeros, found[:, 1], to_corners(found[:, 2:])
-    )
+    detected = Found(found[:, 0].astype(np.int64), zeros, found[:, 1], to_corners(found[:, 2:]))
     objects = Objects(
         truth[:, 0].astype(np.int64),
         np.zeros(len(truth), dtype=np.int64),

@@ -245,7 +245,7 @@ def test_summary_table_lines_up(tree):
 
 def test_paper_numbers_hold_the_printed_rows_of_models_that_are_here():
     papers = {paper["key"]: paper for paper in tables.paper_numbers()}
-    hila, cla, segvit = (papers[key] for key in ("hila", "cla", "segvit"))
+    hila, cla, segvit, cfsam = (papers[key] for key in ("hila", "cla", "segvit", "cfsam"))
     rows = {(r["model"], r["dataset"], r["hila_pretraining"]): r for r in hila["rows"]}
     assert len(rows) == len(hila["rows"]) == 22
     best = rows["hila_segformer_b0_s3", "ade20k", True]
@@ -266,7 +266,16 @@ def test_paper_numbers_hold_the_printed_rows_of_models_that_are_here():
     full = of_segvit["segvit_l", "ade20k"]
     assert (full["flops_g"], full["miou_ss"], full["miou_ms"]) == (637.9, 54.6, 55.2)
     assert of_segvit["segvit_shrunk_l", "pascal_context"]["miou_ms"] == 57.4
-    for row in (*hila["rows"], *cla["rows"], *segvit["rows"]):
+    counts = {r["model"]: (r["params_m"], r["flops_g"]) for r in cfsam["rows"]}
+    assert counts["ssd300_cfsam"] == (45.16, 45.22)
+    assert {r["model"]: r["map_50"] for r in cfsam["rows"] if r["dataset"] == "voc0712"} == {
+        "ssd300": 75.5,
+        "ssd300_se": 77.2,
+        "ssd300_cfam": 77.6,
+        "ssd300_mvit": 78.1,
+        "ssd300_cfsam": 78.6,
+    }
+    for row in (*hila["rows"], *cla["rows"], *segvit["rows"], *cfsam["rows"]):
         assert row["model"] in list_models()
 
 

@@ -122,6 +122,11 @@ def plan_job(config: Config, stage: Stage, run: str, base: Path) -> tuple[TrainJ
     spec, recipe = runs[run], config.pretrain if stage == "pretrain" else config.finetune
     recipe = recipe.model_copy(update={"loss": {**recipe.loss, **spec.loss}})
     wanted: Task = "classification" if stage == "pretrain" else "segmentation"
+    if spec.model in list_models("detection"):
+        raise ConfigError(
+            f"{section}.{run}.model: '{spec.model}' is for detection, which no stage trains; "
+            f"{stage} expects a model for {wanted}, e.g. {list_models(wanted)[0]}"
+        )
     if spec.model not in list_models(wanted):
         near = UnknownNameError(f"{wanted} model", spec.model, list_models(wanted))
         raise ConfigError(f"{section}.{run}.model: {near}")

@@ -152,8 +152,9 @@ class Recipe:
     Args:
         model: plain module with only `forward(images (B, 3, H, W))`.
         loss: (outputs, target, mean_over_ranks) -> named scalars; "loss" is the one to descend, the
-            others are reported. A detector's target is a `BoxTarget`. A sum over samples or pixels is divided by a count that does not
-            depend on how the batch was split over ranks, for which it may ask `mean_over_ranks`.
+            others are reported. The target of a detector is a `BoxTarget`. A sum over samples or
+            pixels is divided by a count that does not depend on how the batch was split over ranks,
+            for which it may ask `mean_over_ranks`.
         decode: (outputs, (height, width)) -> prediction. Segmentation: (B, K, height, width);
             classification: (B, K), both logits (of SegViT scores, not below 0);
             detection: torchvision's list of dicts.

@@ -249,7 +249,7 @@ def write_voc_files(
         class_names: K.
         split: e.g. "test".
     """
-    corners = found.boxes + (1, 1, 0, 0)  # numbers of pixels, from 1
+    corners = found.boxes + np.array([1, 1, 0, 0])  # numbers of pixels, from 1
     order = np.lexsort((-found.scores, found.labels))
     borders = np.searchsorted(found.labels[order], np.arange(len(class_names) + 1))
     for class_id, name in enumerate(class_names):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xattn.errors import ConfigError, check_choice
+from xattn.models.ssd import init_xavier
 
 _NORMS = ("none", "bn")
 _SE_REDUCTION = 16
@@ -97,12 +98,14 @@ def partition(tokens_BTC: Tensor, parts: int) -> Tensor:
     Returns:
         (B * parts, T / parts, C).
     """
-    return tokens_BTC.unflatten(1, (-1, parts)).transpose(1, 2).flatten(0, 1)
+    dealt: Tensor = tokens_BTC.unflatten(1, (-1, parts))
+    return dealt.transpose(1, 2).flatten(0, 1)
 
 
 def combine(tokens_BNC: Tensor, parts: int) -> Tensor:
     """Undo `partition` (equation 4): (B * parts, N, C) to (B, parts * N, C)."""
-    return tokens_BNC.unflatten(0, (-1, parts)).transpose(1, 2).flatten(1, 2)
+    dealt: Tensor = tokens_BNC.unflatten(0, (-1, parts))
+    return dealt.transpose(1, 2).flatten(1, 2)
 
 
 def resample(tokens_BTC: Tensor, length: int) -> Tensor:
@@ -137,7 +140,8 @@ class CFSAM(nn.Module):
         depth: transformer layers.
         mlp: channels inside their MLPs.
         heads: of attention; must divide the width.
-        norm: "bn" puts a BatchNorm behind the 3x3 convolutions, "none" as the counts say.
+        norm: "bn" puts a BatchNorm behind the 3x3 convolutions (which trains on more than one image
+            where a map is 1 x 1), "none" as the counts say.
         attention: False replaces attention by an MLP for each cell of the same size, less `width`
             parameters a layer: a control that has all but the sight of other cells and levels.
 
@@ -190,7 +194,7 @@ class CFSAM(nn.Module):
         self.restore = nn.ModuleList(
             nn.Identity() if dim == width else nn.Linear(width, dim, bias=False) for dim in own
         )
-        self.apply(_init)
+        self.apply(init_xavier)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Map (B, C_l, H_l, W_l) maps, as many as `dims`, to maps of the same shapes."""
@@ -223,18 +227,14 @@ class CFSAM(nn.Module):
 
 
 def _check_levels(levels: Sequence[int], count: int) -> None:
-    if not levels or sorted(set(levels)) != list(levels) or not 1 <= levels[0] <= levels[-1] <= count:
+    if (
+        not levels
+        or sorted(set(levels)) != list(levels)
+        or not 1 <= levels[0] <= levels[-1] <= count
+    ):
         raise ConfigError(
             f"levels: found {list(levels)}, expected ascending numbers of 1..{count}, at least one"
         )
-
-
-def _init(module: nn.Module) -> None:
-    """Initialise one Linear or Conv2d by Xavier's rule, biases with 0; for `nn.Module.apply`."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class SqueezeExcitation(nn.Module):
@@ -259,7 +259,7 @@ class SqueezeExcitation(nn.Module):
 def _gate(dim: int) -> nn.Sequential:
     between = max(dim // _SE_REDUCTION, 1)
     gate = nn.Sequential(nn.Linear(dim, between), nn.ReLU(), nn.Linear(between, dim), nn.Sigmoid())
-    return gate.apply(_init)
+    return gate.apply(init_xavier)
 
 
 class ConcatExcitation(nn.Module):
@@ -278,7 +278,7 @@ class ConcatExcitation(nn.Module):
     def __init__(self, dims: Sequence[int], width: int = 256) -> None:
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(dim, width, 1) for dim in dims)
-        self.apply(_init)
+        self.apply(init_xavier)
         self.gate = _gate(width * len(dims))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -290,17 +290,17 @@ class ConcatExcitation(nn.Module):
         means = torch.cat([map_BCHW.mean((2, 3)) for map_BCHW in fused], 1)
         gates = self.gate(means).chunk(len(fused), 1)
         return [
-            map_BCHW * gate[:, :, None, None]
-            for map_BCHW, gate in zip(fused, gates, strict=True)
+            map_BCHW * gate[:, :, None, None] for map_BCHW, gate in zip(fused, gates, strict=True)
         ]
 
 
 class MobileViTBlock(nn.Module):
-    """Attention between cells that lie alike in their patch (Mehta and Rastegari 2022, section 3.1).
+    """Attention of cells that lie alike in their patch (Mehta and Rastegari 2022, section 3.1).
 
     The numbers are those that table 4's parameters fit: a quarter of the channels, two layers with
     an MLP of twice the width, patches of 2 x 2, BatchNorm behind all convolutions but the narrowing
-    one. Four heads, as in MobileViT, are not to be seen in the counts.
+    one. Four heads, as in MobileViT, are not to be seen in the counts. While training, BatchNorm
+    wants more than one value a channel: of maps of 1 x 1 more than one image.
 
     Args:
         dim: channels, a multiple of 4.
@@ -318,7 +318,7 @@ class MobileViTBlock(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.widen = _ConvBNSiLU(width, dim, 1)
         self.fuse = _ConvBNSiLU(2 * dim, dim, 3)
-        self.apply(_init)
+        self.apply(init_xavier)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H, W); odd sides are resampled to even ones in between."""

@@ -83,13 +83,13 @@ class SSDBackbone(nn.Module):
         for between, out, stride, padding in _EXTRAS:
             squeeze = nn.Conv2d(dim, width * between, 1)
             dim = width * out
-            conv = nn.Conv2d(width * between, dim, 3, stride, padding)
-            self.extras.append(nn.ModuleList([squeeze, conv]))
+            expand = nn.Conv2d(width * between, dim, 3, stride, padding)
+            self.extras.append(nn.ModuleList([squeeze, expand]))
         self.scale = nn.Parameter(torch.full((self.dims[0],), _L2_SCALE))
         self.apply(init_xavier)
-        for conv in self.blocks.modules():
-            if isinstance(conv, nn.Conv2d):
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map (B, 3, 300, 300) images to six maps.

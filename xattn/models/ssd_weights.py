@@ -98,7 +98,9 @@ def _normalised() -> dict[str, Tensor]:
 
 SSD_SOURCES = {
     "torchvision_ssd": (
-        re.compile(r"^backbone\.scale_weight$|^head\.(classification|regression)_head\.module_list\."),
+        re.compile(
+            r"^backbone\.scale_weight$|^head\.(classification|regression)_head\.module_list\."
+        ),
         from_torchvision_ssd,
     ),
     "amdegroot_ssd": (

@@ -34,7 +34,7 @@ _TABLE_4 = {
 """Parameters (which the paper calls MB) and multiply-adds (which it calls FLOPs), as printed."""
 
 _NOTES = {
-    "ssd300_se": "the paper's multiply-adds hold 1 M or so of pooling, ours do not",
+    "ssd300_se": "the paper's multiply-adds fit with 1.2 M of pooling, which ours leave out",
     "ssd300_cfam": "CFAM-like: built so that the paper's two counts fit, its fusion is not known",
     "ssd300_mvit": "inferred from the counts; the paper's fit without the products of attention, "
     "which it counts for CFSAM",
