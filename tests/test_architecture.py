@@ -46,6 +46,7 @@ OWNERS = {
     "botocore": ("xattn/remote.py",),
     "ruamel": ("xattn/config.py", "xattn/report/tables.py"),
     "timm": ("xattn/models/timm_",),
+    "faster_coco_eval": ("xattn/evaluate/detection.py",),
     "typer": (),
     "dvc": (),
     "torch.distributed": ("xattn/train/distributed.py", "xattn/cluster/trainer.py"),
