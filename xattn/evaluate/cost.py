@@ -11,7 +11,9 @@ module whose paper charges for more than is called has a method `surplus_macs(*i
 "fvcore" is the rule of the tool of that name, which SegViT's and U-MixFormer's papers used, and
 counts functions as they are called: products (convolutions and Linear layers without biases, matrix
 products, attention's two), 5 for each element of a LayerNorm, 2 of a BatchNorm, 4 of what bilinear
-interpolation returns. "products" (CFSAM's) counts the products alone.
+interpolation returns. "products" (CFSAM's) counts the products alone. A module that computes its
+result another way than papers write it down has a method `as_written` of the same result, which is
+called instead.
 
 The counts compare models with papers; they are not what our kernels execute.
 """
@@ -62,6 +64,8 @@ def count_macs(
         _watch(twin, macs, as_printed)
     else:
         mode = _CountedFunctions(macs, _FVCORE if counting == "fvcore" else _PRODUCTS)
+        for module in twin.modules():
+            module.forward = getattr(module, "as_written", module.forward)
     with torch.no_grad(), mode:
         twin(torch.zeros(1, *input_size))
     return sum(macs)

@@ -1,6 +1,6 @@
 """MiT, SegFormer, Swin, UPerNet and HILA on them: every published variant with its numbers.
 
-Reading the tables is reading the papers: `_MIT` is table 6 of SegFormer (Xie et al. 2021), `_SWIN`
+Reading the tables is reading the papers: `MIT` is table 6 of SegFormer (Xie et al. 2021), `_SWIN`
 section 3.3 of Swin (Liu et al. 2021), `_HILA` what HILA (Leung et al. 2022) adds to their rows,
 with what that paper reports of all.
 """
@@ -47,7 +47,7 @@ class _MiTNumbers:
 
 
 _WIDE = (64, 128, 320, 512)
-_MIT = {
+MIT = {
     "b0": _MiTNumbers(dims=(32, 64, 160, 256), depths=(2, 2, 2, 2)),
     "b1": _MiTNumbers(dims=_WIDE, depths=(2, 2, 2, 2)),
     "b2": _MiTNumbers(dims=_WIDE, depths=(3, 4, 6, 3)),
@@ -70,7 +70,7 @@ class _SwinNumbers:
 
 
 _SWIN = {"swin_t": _SwinNumbers((96, 192, 384, 768), (2, 2, 6, 2), (3, 6, 12, 24))}
-_BASES: dict[str, _MiTNumbers | _SwinNumbers] = {**_MIT, **_SWIN}
+_BASES: dict[str, _MiTNumbers | _SwinNumbers] = {**MIT, **_SWIN}
 
 _HEAD_WIDTH = {"b0": 256, "b1": 256, "swin_t": 512}
 """Channels of the heads: SegFormer's from Xie et al. 2021, section 4.1, 768 from B2 on; UPerNet's

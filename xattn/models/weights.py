@@ -16,7 +16,13 @@ from xattn.models.hila import Hila
 from xattn.models.ssd_weights import SSD_SOURCES
 from xattn.models.swin_weights import SWIN_SOURCES
 from xattn.models.vit_weights import VIT_SOURCES
-from xattn.models.weights_names import from_hila, from_hugging_face, from_nvlabs, from_timm_pvt
+from xattn.models.weights_names import (
+    from_hila,
+    from_hugging_face,
+    from_mscan,
+    from_nvlabs,
+    from_timm_pvt,
+)
 from xattn.nn.grids import resize_grids
 from xattn.storage import write_atomic
 
@@ -42,6 +48,7 @@ class Source:
 
 SOURCES = (
     Source("hila", re.compile(r"(^|\.)(topdown|bottomup|prevblock|prevnorm)\.\d\d\."), from_hila),
+    Source("mscan", re.compile(r"\.attn\.spatial_gating_unit\."), from_mscan),
     Source(
         "nvlabs",
         re.compile(r"^(backbone\.)?(patch_embed\d|block\d\.\d+)\.|^decode_head\.linear_c\d\."),

@@ -88,6 +88,22 @@ _HUGGING_FACE_RULES: tuple[Rule, ...] = (
     (r"^decode_head\.batch_norm\.", "head.bn."),
     (r"^decode_head\.classifier\.", "head.classifier."),
 )
+# SegNeXt's backbone, in its authors' code and in mmsegmentation; what they share with NVlabs' names
+# comes after.
+_MSCAN_STEM = {"0": "first.conv", "1": "first.norm", "3": "second.conv", "4": "second.norm"}
+_MSCAN_RULES: tuple[Rule, ...] = (
+    (
+        r"^(backbone\.)?patch_embed1\.proj\.([0134])\.",
+        lambda match: f"stages.0.embed.{_MSCAN_STEM[match[2]]}.",
+    ),
+    (r"\.attn\.proj_1\.", ".attention.enter."),
+    (r"\.attn\.proj_2\.", ".attention.leave."),
+    (r"\.attn\.spatial_gating_unit\.conv0\.", ".attention.local."),
+    (r"\.attn\.spatial_gating_unit\.conv([012])_1\.", r".attention.strips.\1.row."),
+    (r"\.attn\.spatial_gating_unit\.conv([012])_2\.", r".attention.strips.\1.column."),
+    (r"\.attn\.spatial_gating_unit\.conv3\.", ".attention.mix."),
+    *_NVLABS_RULES,
+)
 _TIMM_PVT_RULES: tuple[Rule, ...] = (
     (r"^patch_embed\.", "stages.0.downsample."),
     (r"^(stages\.\d)\.downsample\.proj\.", r"\1.embed.conv."),
@@ -114,6 +130,15 @@ def from_nvlabs(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "decode_head.".
     """
     return rename({k: v for k, v in given.items() if not _NVLABS_UNUSED.match(k)}, _NVLABS_RULES)
+
+
+def from_mscan(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert MSCAN by the names of SegNeXt's authors and of mmsegmentation.
+
+    Heads are not converted: SegNeXt's own is not among our models, and what else those files hold
+    under "decode_head." is reported as left over.
+    """
+    return rename(given, _MSCAN_RULES)
 
 
 def from_hila(given: Mapping[str, Tensor]) -> dict[str, Tensor]:

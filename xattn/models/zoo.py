@@ -13,6 +13,7 @@ from xattn.models.variants import Variant, override
 from xattn.models.variants_cfsam import CFSAM_VARIANTS
 from xattn.models.variants_cla import CLA_VARIANTS
 from xattn.models.variants_hila import HILA_VARIANTS
+from xattn.models.variants_scaseg import SCASEG_VARIANTS
 from xattn.models.variants_segvit import SEGVIT_VARIANTS
 from xattn.structures import DatasetInfo, ModelCard, Recipe, Task
 
@@ -20,6 +21,7 @@ _VARIANTS: dict[str, Variant] = {
     **HILA_VARIANTS,
     **CLA_VARIANTS,
     **SEGVIT_VARIANTS,
+    **SCASEG_VARIANTS,
     **CFSAM_VARIANTS,
 }
 
