@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from xattn.errors import ConfigError, check_choice
+from xattn.models.upernet import ConvBNReLU
 from xattn.nn.blocks import DropPath, MixFFN, convolve, init_weights
 
 LOCALS = ("normed", "feature", "attended", "off")
@@ -324,17 +325,16 @@ class ScasegHead(nn.Module):
                 f"channels {list(dims)}"
             )
         self.blocks = nn.ModuleList(CrossLayerBlock(dims, i, config) for i in range(len(dims)))
-        self.fuse = nn.Conv2d(sum(dims), width, 1, bias=False)
-        self.bn = nn.BatchNorm2d(width)  # decayed in the parents' code: its name holds no "norm"
+        self.fuse = ConvBNReLU(sum(dims), width, 1)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(width, num_classes, 1)
+        self.logits = nn.Conv2d(width, num_classes, 1)
         self.apply(init_weights)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Map levels (B, C_l, H_l, W_l), finest first, to (B, num_classes, H_1, W_1) logits."""
         size = maps[0].shape[2:]
         decoded = self._decode(maps)
-        slices = self.fuse.weight.flatten(1).split([level.shape[3] for level in decoded], 1)
+        slices = self.fuse.conv.weight.flatten(1).split([level.shape[3] for level in decoded], 1)
         fused = F.linear(decoded[0], slices[0]).permute(0, 3, 1, 2)
         for level_BHWC, slice_EC in zip(decoded[1:], slices[1:], strict=True):
             part = F.linear(level_BHWC, slice_EC).permute(0, 3, 1, 2)
@@ -349,10 +349,10 @@ class ScasegHead(nn.Module):
             F.interpolate(level, size, mode="bilinear", align_corners=False)
             for level in decoded[1:]
         ]
-        return self._classify(self.fuse(torch.cat([decoded[0], *large], 1)))
+        return self._classify(self.fuse.conv(torch.cat([decoded[0], *large], 1)))
 
     def _classify(self, fused_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.classifier(self.dropout(F.relu(self.bn(fused_BCHW))))
+        out: Tensor = self.logits(self.dropout(self.fuse.finish(fused_BCHW)))
         return out
 
     def _decode(self, maps: Sequence[Tensor]) -> list[Tensor]:
