@@ -7,6 +7,7 @@ changed, every other number stays the preset's.
 
 import csv
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,12 @@ from xattn.nn.grids import Grid
 from xattn.storage import sha256_file, sha256_json, write_json
 from xattn.train.optim import build_optimizer, lr_at
 
+SCASEG = [name for name in list_presets() if name.startswith("scaseg-")]
 HILA = [name for name in list_presets() if name.startswith("hila-")]
 CLA = ["cla-ade20k", "cla-ablations-ade20k"]
 SEGVIT = [name for name in list_presets() if name.startswith("segvit-")]
 CITYSCAPES = [name for name in HILA if "cityscapes" in name]
-MIT_TUNED = [*CITYSCAPES, "hila-ade20k", "hila-celebamask", *CLA]
+MIT_TUNED = [*CITYSCAPES, "hila-ade20k", "hila-celebamask", *CLA, *SCASEG]
 IMAGENET = ["hila-imagenet", "hila-ablations-imagenet"]
 PRETRAINED_BY = {
     run: spec
@@ -208,6 +210,37 @@ NUMBERS: dict[str, dict[str, Any]] = {
     },
 }
 
+ON_ONE_SCALE = {  # spec SCASeg 13: its parents' recipe
+    **SEGFORMER,
+    **{key: value for key, value in ADE20K.items() if not re.search("multi_scale|boundary", key)},
+    "evaluate.multi_scale": None,
+    "evaluate.boundary": None,
+    "finetune.train_split": "train",
+}
+NUMBERS |= {
+    "scaseg-ade20k": ON_ONE_SCALE,
+    "scaseg-cityscapes": {
+        **{key: value for key, value in ON_ONE_SCALE.items() if not key.endswith(".window")},
+        "finetune.augment.base": (1024, 2048),
+        "finetune.augment.crop": (1024, 1024),
+        "finetune.fit.global_batch": 8,
+        "finetune.validate_on.transform.base": (1024, 2048),
+        "evaluate.segmentation.base": (1024, 2048),
+        "evaluate.segmentation.window.crop": (1024, 1024),
+        "evaluate.segmentation.window.stride": (768, 768),
+    },
+    "scaseg-cocostuff164k": {
+        **ON_ONE_SCALE,
+        "datasets.cocostuff164k.settings": {"version": "164k", "classes": 171},
+        "finetune.fit.steps": 80_000,
+    },
+    "scaseg-voc2012": {
+        **ON_ONE_SCALE,
+        "finetune.fit.steps": 80_000,
+        "finetune.train_split": "train_aug",
+    },
+}
+
 
 def of_segvit(  # spec SegViT 5.1 and 5.2
     base: tuple[int, int], crop: int, stride: int, steps: int, decay: float, power: float
@@ -278,7 +311,7 @@ def number_at(config: Config, dotted: str) -> Any:
     return value
 
 
-@pytest.mark.parametrize("preset", [*HILA, *CLA, *SEGVIT])
+@pytest.mark.parametrize("preset", [*HILA, *CLA, *SEGVIT, *SCASEG])
 def test_numbers_are_the_paper_s(preset: str) -> None:
     config = load_config(preset_path(preset))
     found = {dotted: number_at(config, dotted) for dotted in NUMBERS[preset]}
@@ -360,6 +393,7 @@ LIKE = {"b1_s2": "b1_s3", "b1_s4": "b1_s3", "b1_s34": "b1_s234"}
 """Published models by another name than the run's begins with."""
 NARROW = {"head_width": 128}
 SWIN_T = "weights/swin_tiny_patch4_window7_224.pth"
+MSCAN = {size: f"weights/mscan_{size}.pth" for size in "tsbl"}
 STRIDES = {"": {}, "_stride2": {"stride": [1, 2, 1]}, "_stride1": {"stride": [1, 1, 1]}}
 CONSTANTS = {"a10_b10": (1.0, 1.0), "a02_b08": (0.2, 0.8), "a08_b02": (0.8, 0.2)}
 
@@ -439,6 +473,15 @@ RUNS = {
     },
 }
 
+SCASEG_RUNS = {
+    **{
+        f"scaseg_mit_{size}": (f"scaseg_mit_{size}", f"mit_{size}", {})
+        for size in ("b0", "b1", "b2")
+    },
+    **{f"scaseg_mscan_{size}": (f"scaseg_mscan_{size}", MSCAN[size], {}) for size in MSCAN},
+}
+RUNS |= dict.fromkeys(SCASEG, SCASEG_RUNS)
+
 
 VIT_B, VIT_L = (
     f"weights/{name}.pth" for name in ("jx_vit_base_p16_384", "vit_large_patch16_384_augreg")
@@ -516,13 +559,14 @@ def shapes_of(spec: RunConfig, num_classes: int) -> dict[str, torch.Size]:
 
 
 @pytest.mark.parametrize(
-    ("preset", "run"), [(preset, run) for preset in (*HILA, *CLA) for run in runs_of(preset)]
+    ("preset", "run"),
+    [(preset, run) for preset in (*HILA, *CLA, *SCASEG) for run in runs_of(preset)],
 )
 def test_every_run_builds_and_its_initial_weights_fit(preset: str, run: str) -> None:
     spec = runs_of(preset)[run]
     own = {k.removeprefix("backbone."): v for k, v in shapes_of(spec, 19).items()}
     if not spec.init.startswith("results/pretrain/"):
-        assert spec.init in (SCRATCH, SWIN_T)
+        assert spec.init in (SCRATCH, SWIN_T, *MSCAN.values())
         return
     source = PRETRAINED_BY[spec.init.split("/")[2]]
     given = shapes_of(source, 1000)
@@ -538,7 +582,7 @@ def test_every_run_builds_and_its_initial_weights_fit(preset: str, run: str) -> 
 
 
 @pytest.mark.parametrize(
-    "model", ["segformer_b0", "hila_segformer_b0_s3", "hila_segformer_b2_s234"]
+    "model", ["segformer_b0", "hila_segformer_b0_s3", "hila_segformer_b2_s234", "scaseg_mit_b0"]
 )
 def test_drop_path_and_groups_of_fine_tuning(model: str) -> None:
     """SegFormer's rule goes by names; said here by kinds: what is a LayerNorm is not decayed."""
@@ -669,6 +713,11 @@ def make_cocostuff(root: Path) -> None:
             path = root / f"annotations/{name}.mat"
             path.parent.mkdir(parents=True, exist_ok=True)
             savemat(path, {"S": blocks((96, 72), [0, 1, 2, 100, 182], number)})
+    for split, count in (("train", 3), ("val", 2)):  # version 164k, beside it
+        for number in range(count):
+            name = f"{split}2017/{number:012}"
+            draw(root / f"images/{name}.jpg", (96, 72), number)
+            write_mask(root / f"annotations/{name}.png", blocks((96, 72), [0, 1, 181, 255], number))
 
 
 def make_pascal_context(root: Path) -> None:
@@ -680,6 +729,16 @@ def make_pascal_context(root: Path) -> None:
             draw(root / f"JPEGImages/{name}.jpg", (96, 72), number)
             mask = blocks((96, 72), range(60), number)
             write_mask(root / f"SegmentationClassContext/{name}.png", mask)
+
+
+def make_voc(root: Path) -> None:
+    names = {"trainaug": ("2007_000032", "2008_000002"), "val": ("2007_000033", "2007_000042")}
+    for split, listed in names.items():
+        write_text(root / f"ImageSets/Segmentation/{split}.txt", "\n".join(listed) + "\n")
+        for number, name in enumerate(listed):
+            draw(root / f"JPEGImages/{name}.jpg", (96, 72), number)
+            folder = "SegmentationClassAug" if name.startswith("2008") else "SegmentationClass"
+            write_mask(root / f"{folder}/{name}.png", blocks((96, 72), range(21), number))
 
 
 def make_folder(root: Path) -> None:
@@ -698,6 +757,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "folder": make_folder,
     "imagenet": make_imagenet,
     "pascal_context": make_pascal_context,
+    "voc": make_voc,
 }
 FEW = {"train": 4, "val": 2, "test": 2, "image_size": [64, 64]}  # of drawn scenes
 FEW_SETTINGS = {"imagenet": {"classes": 3}}

@@ -334,6 +334,17 @@ def test_report_says_that_another_data_set_is_not_comparable(report, tree, tmp_p
     assert "which the paper does not use" not in text
 
 
+def test_report_on_a_reconstruction_says_so(tmp_path):
+    add_run(tmp_path, "strips", model="scaseg_mit_b0")
+    add_evaluation(tmp_path, "strips", 0.3)
+    text = page.write_report(tmp_path, tmp_path / "out", "T").read_text(encoding="utf-8")
+    assert "These models are a reconstruction" in text
+    assert "would confirm or correct" in text
+    assert "which the paper does not use" not in text
+    (scaseg,) = (paper for paper in tables.paper_numbers() if paper["key"] == "scaseg")
+    assert scaseg["models"] == list_models(system="SCASeg")
+
+
 def test_report_of_pretraining_alone(tmp_path):
     add_run(
         tmp_path,

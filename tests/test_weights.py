@@ -346,7 +346,7 @@ def test_strangers_are_described():
     assert "its keys begin with conv1, layer1: it looks like none of the sources" in str(
         caught.value
     )
-    assert "(hila, nvlabs, hugging_face, timm_pvt" in str(caught.value)
+    assert "(hila, mscan, nvlabs, hugging_face, timm_pvt" in str(caught.value)
     theirs = {"segformer.encoder.layer_norm.0.bias": torch.ones(32)}
     theirs["segformer.encoder.block.0.0.layer_norm_1.bias"] = torch.ones(32)
     with pytest.raises(CheckpointError, match=r"read as 'nvlabs'.*looks like 'hugging_face'"):

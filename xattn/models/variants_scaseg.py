@@ -44,7 +44,7 @@ _WIDTH = {f"mit_b{size}": 768 for size in range(2, 6)}
 
 _NOTES = (
     "reconstruction: the paper's text, tables and code could not be had; its parameters, GFLOPs "
-    "and ablations would confirm or correct it"
+    "and ablations would confirm or correct it; multiply-adds leave out the final enlargement"
 )
 _CONFIG = ScasegConfig()
 

@@ -324,7 +324,8 @@ def _papers(runs: Sequence[Run]) -> list[dict[str, Any]]:
     papers = []
     for paper in tables.paper_numbers():
         models = []
-        for name in dict.fromkeys(row["model"] for row in paper["rows"]):
+        named = (row["model"] for row in paper["rows"])
+        for name in dict.fromkeys([*named, *paper.get("models", [])]):
             measured = [run for run in runs if run.card["model"] == name]
             if measured:
                 rows = [row for row in paper["rows"] if row["model"] == name]
@@ -332,7 +333,7 @@ def _papers(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if models:
             printed = {row["dataset"] for model in models for row in model["rows"]}
             ours = {run.card["dataset"] for model in models for run in model["runs"]}
-            elsewhere = sorted(ours - printed)
+            elsewhere = sorted(ours - printed) if printed else []
             has_small = any("miou_small" in row for row in paper["rows"])
             found = {"models": models, "elsewhere": elsewhere, "has_small": has_small}
             papers.append({**paper, **found})

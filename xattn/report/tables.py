@@ -264,7 +264,7 @@ def summary_table(results: Results) -> str:
 
 
 def paper_numbers() -> list[dict[str, Any]]:
-    """Return the papers of paper_numbers.yaml: key, citation, table, notes and rows."""
+    """Return the papers of paper_numbers.yaml: key, citation, table, notes, rows, maybe models."""
     try:
         document = YAML(typ="safe").load(_PAPER_NUMBERS)
     except YAMLError as error:
