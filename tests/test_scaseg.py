@@ -115,6 +115,19 @@ def strips(tokens=37, cells=11, dtype=torch.float64, spread=1.0):
     ]
 
 
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Take the smallest attention for a large one."""
+    monkeypatch.setattr(scaseg, "_FEW", 0)
+
+
+def test_few_logits_are_kept(monkeypatch):
+    monkeypatch.setattr(scaseg, "_StripAttention", None)
+    inputs = strips()
+    torch.testing.assert_close(strip_attention(*inputs), plain_attention(*inputs))
+
+
+@pytest.mark.usefixtures("in_blocks")
 @pytest.mark.parametrize("block", [1, 5 * 2 * 3 * 11, 10**6])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_strip_attention_is_the_plain_one_forward_and_backward(block, spread, monkeypatch):
@@ -131,6 +144,7 @@ def test_strip_attention_is_the_plain_one_forward_and_backward(block, spread, mo
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.usefixtures("in_blocks")
 def test_no_tensor_as_large_as_all_logits_is_kept_or_made(monkeypatch):
     inputs = strips(tokens=400, cells=50)
     logits = 2 * 3 * 400 * 50
@@ -159,6 +173,7 @@ def test_no_tensor_as_large_as_all_logits_is_kept_or_made(monkeypatch):
     assert largest < logits // 10
 
 
+@pytest.mark.usefixtures("in_blocks")
 def test_strip_attention_in_half_precision_is_near():
     inputs = strips(dtype=torch.float32, spread=2.0)
     halves = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
@@ -219,6 +234,7 @@ def by_hand(head, config, maps):
     return head.logits(F.relu(head.fuse.bn(head.fuse.conv(torch.cat(joined, 1)))))
 
 
+@pytest.mark.usefixtures("in_blocks")
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_the_decoder_is_the_written_one_forward_and_backward(switches):
     head, maps = build_head(**switches), levels()
@@ -371,6 +387,7 @@ def test_overfits_a_batch(kind):
 
 
 # Torch's compiler makes such a thing itself.
+@pytest.mark.usefixtures("in_blocks")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["mit", "mscan"])
 def test_compiles_without_a_graph_break_and_has_the_same_gradient(kind, monkeypatch):
