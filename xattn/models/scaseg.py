@@ -37,8 +37,8 @@ MERGES = ("sum", "concat")
 SCALES = ("one", "width")
 RESIDUALS = ("feature", "normed")
 
-# Logits that are kept for the gradient. On one CPU core 2^21 (stage 2 at 512 x 512 pixels) take 17 ms
-# forward and backward, 20 in blocks; 2^22 (stage 1) 29 and 27.
+# Logits that are kept for the gradient. On one CPU core 2^21 (stage 2 at 512 x 512 pixels) take 17
+# ms forward and backward, 20 in blocks; 2^22 (stage 1) 29 and 27.
 _FEW = 2**21
 # Logits in a block: on a CPU few enough to stay in its caches (2^15 to 2^20 tried: within 15 %), on
 # a GPU enough to fill it (not measured).
