@@ -89,11 +89,11 @@ class ScasegConfig:
 def strip_attention(query_BEN: Tensor, key_BEG: Tensor, value_BEGD: Tensor) -> Tensor:
     """Attend with queries and keys of one channel: softmax over G of q * k, times the values.
 
-    Works on a block of queries at a time and computes its logits again for the gradient, so that
-    neither pass holds B * E * N * G numbers. A logit is one multiplication, cheaper to repeat than
-    to keep: at 512 x 512 pixels, stage 1 (N 16384, G 256, D 64, one image, one CPU core) forward
-    and backward take 27 ms and 9 MiB, keeping the logits 37 ms and 52 MiB, and torch's fused
-    attention on queries and keys filled up with zeros to D channels 47 ms and 13 MiB.
+    Many logits are computed for a block of queries at a time, and again for the gradient, so that
+    neither pass holds B * E * N * G numbers: a logit is one multiplication, which costs no more to
+    repeat than to keep. At 512 x 512 pixels, stage 1 (N 16384, G 256, D 64, one image, one CPU
+    core), forward and backward take 27 ms and 8 MiB, keeping the logits 29 ms and 52 MiB, and
+    torch's fused attention on queries and keys filled up with zeros to D channels 47 ms and 13 MiB.
 
     Args:
         query_BEN: any range; half precision is widened for the softmax.
