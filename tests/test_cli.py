@@ -36,7 +36,9 @@ def test_models_state_the_numbers_of_the_spec() -> None:
     assert cards["hila_segformer_b0_s3"]["params"] == 4_178_102 - 2 * 16
     assert cards["segformer_b0"]["macs"] == pytest.approx(8.42e9, rel=5e-3)
     assert cards["hila_segformer_b0_s3"]["macs"] == pytest.approx(9.76e9, rel=5e-3)
-    wanted = "name system task num_classes input params macs counting paper_params paper_macs source"
+    wanted = (
+        "name system task num_classes input params macs counting paper_params paper_macs source"
+    )
     assert set(cards["segformer_b0"]) == {*wanted.split(), "notes"}
 
 
