@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import timm
 import torch
@@ -80,16 +78,11 @@ def test_printed_costs_hold_one_more_resize():
         assert card.macs + resize == pytest.approx(card.paper_macs, rel=1e-3)
 
 
-def test_swin_fits_but_for_what_projects_the_filling_of_windows():
+def test_swin_has_the_cost_of_projecting_whole_windows():
     with ShapesOnly():
         model = create_model("segvit_swin_t", num_classes=150)
     assert numel(model) == pytest.approx(40.61e6, rel=1e-3)
-    sides, depths, dims = (128, 64, 32, 16), (2, 2, 6, 2), (96, 192, 384, 768)
-    filling = sum(
-        depth * ((math.ceil(side / 7) * 7) ** 2 - side**2) * dim**2
-        for side, depth, dim in zip(sides, depths, dims, strict=True)
-    )
-    macs = count_macs(model, (3, 512, 512), counting="fvcore") + filling
+    macs = count_macs(model, (3, 512, 512), counting="fvcore")
     assert macs / 1e9 == pytest.approx(47.88, rel=2e-3)
 
 
@@ -118,11 +111,14 @@ def test_shapes_at_odd_sizes_and_a_batch_is_its_images(name):
         torch.testing.assert_close(both, torch.stack(ones), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SMALLER)
-@pytest.mark.parametrize("overrides", [{}, {"checkpoint": True}], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        *((name, {}) for name in SMALLER),
+        *((name, {"checkpoint": True}) for name in SMALLER if name != "segvit_swin_t"),
+    ],
+)
 def test_every_trainable_parameter_gets_a_finite_gradient(name, overrides):
-    if overrides and name == "segvit_swin_t":
-        pytest.skip("Swin has no checkpointing")
     recipe = tiny(name, **overrides)
     target = torch.arange(2 * 64 * 96).view(2, 64, 96) // 3000 % 3
     recipe.loss(recipe.model.train()(images(2, 3, 64, 96)), target, identity_mean)[

@@ -96,6 +96,17 @@ class WindowAttention(nn.Module):
             is_shifted: whether windows start half a side further down and to the right.
         """
         height, width = map_BHWC.shape[1:3]
+        out: Tensor = self.output(self._joined(map_BHWC, is_shifted)[:, :height, :width])
+        return out
+
+    def as_written(self, map_BHWC: Tensor, is_shifted: bool) -> Tensor:
+        """Return the same, projecting what fills up windows too; for counting."""
+        height, width = map_BHWC.shape[1:3]
+        out: Tensor = self.output(self._joined(map_BHWC, is_shifted))
+        return out[:, :height, :width]
+
+    def _joined(self, map_BHWC: Tensor, is_shifted: bool) -> Tensor:
+        """Return the attention's result for the map filled up to whole windows."""
         filled_BHWC = _fill(map_BHWC, self.window)
         counts = [side // self.window for side in filled_BHWC.shape[1:3]]
         shifts = [
@@ -108,8 +119,7 @@ class WindowAttention(nn.Module):
         joined_BHWC = _join(attended_BMNC, self.window, counts[1])
         if any(shifts):
             joined_BHWC = joined_BHWC.roll(shifts, (1, 2))
-        out: Tensor = self.output(joined_BHWC[:, :height, :width])
-        return out
+        return joined_BHWC
 
     def _attend(self, windows_BMNC: Tensor, counts: list[int], shifts: list[int]) -> Tensor:
         """Return the attention's result for each window, before the output projection."""
