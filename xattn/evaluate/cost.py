@@ -18,16 +18,18 @@ called instead.
 The counts compare models with papers; they are not what our kernels execute.
 """
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from xattn.structures import Counting
 
@@ -50,39 +52,65 @@ def count_macs(
     """Return the multiply-adds of one image's forward pass, leaving out nearly all the computing.
 
     Args:
-        model: takes (1, C, H, W) images; a twin of it runs instead.
+        model: takes (1, C, H, W) images; left as it was.
         input_size: (C, H, W) of the image.
         counting: the rule.
         as_printed: under "segformer", whether to add what papers charge for calls that are not
             made: HILA's counter charges attention at every block, also where a stride skips it.
     """
-    shared = {id(weight): weight for weight in model.parameters() if weight.is_cpu}
-    twin = copy.deepcopy(model, shared).cpu().eval()
     macs: list[int] = []
-    mode = ShapesOnly()
-    if counting == "segformer":
-        _watch(twin, macs, as_printed)
-    else:
-        mode = _CountedFunctions(macs, _FVCORE if counting == "fvcore" else _PRODUCTS)
-        for module in twin.modules():
-            module.forward = getattr(module, "as_written", module.forward)
-    with torch.no_grad(), mode:
-        twin(torch.zeros(1, *input_size))
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        stack.enter_context(_as_evaluated(model))
+        mode = ShapesOnly()
+        if counting == "segformer":
+            for handle in _watch(model, macs, as_printed):
+                stack.callback(handle.remove)
+        else:
+            mode = _CountedFunctions(macs, _FVCORE if counting == "fvcore" else _PRODUCTS)
+            stack.enter_context(_as_written(model))
+        with torch.no_grad(), mode:
+            model(torch.zeros(1, *input_size, device=device))
     return sum(macs)
 
 
-def _watch(module: nn.Module, macs: list[int], as_printed: bool) -> None:
+@contextmanager
+def _as_evaluated(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, then back into what it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """Have modules with a method `as_written` called by it."""
+    modules = [module for module in model.modules() if hasattr(module, "as_written")]
+    for module in modules:
+        module.forward = module.as_written  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _watch(module: nn.Module, macs: list[int], as_printed: bool) -> Iterator[RemovableHandle]:
     """Have `module`, or else its children, append its count to `macs` at every call."""
     rule = _rule(module)
     if rule is not None:
-        module.register_forward_hook(partial(_append, macs, rule))
+        yield module.register_forward_hook(partial(_append, macs, rule))
         return
     surplus = getattr(module, "surplus_macs", None)
     if surplus is not None and as_printed:
         rule = partial(_surplus, surplus)
-        module.register_forward_hook(partial(_append, macs, rule))
+        yield module.register_forward_hook(partial(_append, macs, rule))
     for child in module.children():
-        _watch(child, macs, as_printed)
+        yield from _watch(child, macs, as_printed)
 
 
 def _surplus(count: Callable[..., int], inputs: tuple[Tensor, ...], _output: Tensor) -> int:
@@ -145,12 +173,18 @@ def _resized_shape(images: Tensor, size: Sequence[int], *_: Any, **__: Any) -> S
 
 
 def _summed_shape(first: Tensor, second: Any, *_: Any, **__: Any) -> Sequence[int]:
-    shape: Sequence[int] = torch.broadcast_shapes(first.shape, getattr(second, "shape", ()))
+    shape: Sequence[int] = np.broadcast_shapes(first.shape, getattr(second, "shape", ()))
+    return shape
+
+
+def _joined_shape(parts: Sequence[Tensor], dim: int = 0) -> Sequence[int]:
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
     return shape
 
 
 def _multiplied_shape(first: Tensor, second: Tensor) -> Sequence[int]:
-    batch = torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
+    batch = np.broadcast_shapes(first.shape[:-2], second.shape[:-2])
     return (*batch, first.shape[-2], second.shape[-1])
 
 
@@ -174,6 +208,9 @@ _SHAPES: dict[Callable[..., Any], Callable[..., Sequence[int]]] = {
     F.layer_norm: _same_shape,
     F.gelu: _same_shape,
     F.relu: _same_shape,
+    torch.Tensor.sigmoid: _same_shape,
+    torch.Tensor.softmax: _same_shape,
+    torch.cat: _joined_shape,
     F.batch_norm: _same_shape,
     F.interpolate: _resized_shape,
     torch.Tensor.add: _summed_shape,
@@ -216,7 +253,8 @@ class ShapesOnly(TorchFunctionMode):
         if func in _DRAWS:
             return kwargs.get("tensor", args[0] if args else None)
         if func in _SHAPES:
-            like = next(arg for arg in args if isinstance(arg, Tensor))
+            operands = args[0] if func is torch.cat else args
+            like = next(operand for operand in operands if isinstance(operand, Tensor))
             return like.new_zeros(()).expand(*_SHAPES[func](*args, **kwargs))
         return func(*args, **kwargs)
 
