@@ -23,7 +23,7 @@ from pipelines.evaluate import evaluate
 from pipelines.finetune import finetune
 from pipelines.pretrain import pretrain
 from pipelines.shard import shard
-from tests.conftest import write_params
+from tests.conftest import PROJECT, write_params
 from tests.raw_files import write_mask, write_text
 from tests.test_segvit import TINY
 from xattn.config import Config, RunConfig, list_presets, load_config, preset_path, read_yaml
@@ -817,6 +817,8 @@ def miniature(preset: str, raw: Path) -> dict[str, Any]:
             evaluation[name] = shrink(evaluation[name], of_crop)
     if "crops" in evaluation:  # the images have a quarter of their sides
         evaluation["crops"] = scaled(evaluation["crops"], 4)
+    if "small_classes" in evaluation:
+        evaluation["small_classes"] = str(PROJECT / evaluation["small_classes"])
     evaluation |= {"batch": 2, "device": "cpu", "pictures": 1}
     for run in params["runs"].values():
         if run["init"].startswith("weights/"):
