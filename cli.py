@@ -523,7 +523,8 @@ def bench_train_step(
     _print_table([(f"{name}, best ms", str(ms)) for name, ms in result["best_ms"].items()])
     for key in ("times_faster", "times_faster_same_allocator"):
         _print_table([(f"{size}, {key}", str(ratio)) for size, ratio in result[key].items()])
-    _print_table([(f"hila, {key}", str(value)) for key, value in result["hila"].items()])
+    for name in ("hila", "segvit"):
+        _print_table([(f"{name}, {key}", str(value)) for key, value in result[name].items()])
 
 
 def _model_dir(model: str) -> Path:

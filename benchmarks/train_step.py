@@ -5,7 +5,8 @@ interleaved turns, at 150 classes; each in a process of its own, set up as its u
 keeps freed memory, as our trainer does, Hugging Face's runs in plain torch. So that the allocator's
 part can be told from the rest, theirs is timed with it too ("hf_kept"). Hugging Face's segmenter
 has random weights and computes its own loss. For HILA the time over SegFormer's is set beside the
-multiply-adds over SegFormer's. Run by `xattn bench train-step`.
+multiply-adds over SegFormer's; for SegViT-B what its head adds to timm's bare ViT-B, both without a
+loss. Run by `xattn bench train-step`.
 """
 
 import time
@@ -123,6 +124,8 @@ def measure(batch: int, side: int, turns: int, steps: int, precision: str) -> di
         **{f"hf_kept_{size}": (partial(_theirs, size), True) for size in _SIZES},
         **{f"ours_{size}": (partial(_ours, f"segformer_{size}"), True) for size in _SIZES},
         "ours_hila": (partial(_ours, _HILA), True),
+        "timm_vit_b": (partial(_bare_vit, side), True),
+        "ours_segvit_b": (partial(_segvit, side), True),
     }
     times: dict[str, list[float]] = {name: [] for name in builders}
     with ExitStack() as stack:
@@ -136,6 +139,8 @@ def measure(batch: int, side: int, turns: int, steps: int, precision: str) -> di
     best = {name: min(all_ms[1:]) for name, all_ms in times.items()}
     macs_ratio = _macs(_HILA, side) / _macs("segformer_b1", side)
     time_ratio = best["ours_hila"] / best["ours_b1"]
+    segvit_time = best["ours_segvit_b"] / best["timm_vit_b"]
+    segvit_macs = _segvit_macs_ratio(side)
     return {
         "device": str(resolve_device("auto")),
         "threads": torch.get_num_threads(),
@@ -157,6 +162,12 @@ def measure(batch: int, side: int, turns: int, steps: int, precision: str) -> di
             "time_ratio": round(time_ratio, 3),
             "macs_ratio": round(macs_ratio, 3),
             "time_over_macs": round(time_ratio / macs_ratio, 3),
+        },
+        "segvit": {
+            "model": "segvit_b",
+            "time_ratio": round(segvit_time, 3),
+            "macs_ratio": round(segvit_macs, 3),
+            "added_time_over_added_macs": round((segvit_time - 1) / (segvit_macs - 1), 3),
         },
     }
 
@@ -196,6 +207,34 @@ def _theirs(size: str, device: torch.device) -> tuple[Step, torch.optim.Optimize
     model: nn.Module = SegformerForSemanticSegmentation(config)
     model.to(device).train()
     return lambda images, labels: model(images, labels=labels).loss, _optimizer(model)
+
+
+def _bare_vit(side: int, device: torch.device) -> tuple[Step, torch.optim.Optimizer]:
+    import timm  # noqa: PLC0415
+
+    model = timm.create_model("vit_base_patch16_224", img_size=side, num_classes=0)
+    model.to(device).train()
+    return lambda images, _: model.forward_features(images).mean(), _optimizer(model)
+
+
+def _segvit(side: int, device: torch.device) -> tuple[Step, torch.optim.Optimizer]:
+    model = create_model("segvit_b", num_classes=_CLASSES, crop=[side, side]).to(device).train()
+
+    def step(images: Tensor, _labels: Tensor) -> Tensor:
+        outputs = model(images)
+        mean: Tensor = outputs.classes.mean() + outputs.masks.mean()
+        return mean
+
+    return step, _optimizer(model)
+
+
+def _segvit_macs_ratio(side: int) -> float:
+    """Return the multiply-adds of SegViT-B over those of its backbone."""
+    with ShapesOnly():
+        whole = create_model("segvit_b", num_classes=_CLASSES, crop=[side, side])
+    backbone = whole.get_submodule("backbone")
+    macs = [count_macs(model, (3, side, side), counting="fvcore") for model in (whole, backbone)]
+    return macs[0] / macs[1]
 
 
 def _macs(name: str, side: int) -> int:
