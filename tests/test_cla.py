@@ -259,6 +259,8 @@ def test_other_readings_and_pairs_train_every_parameter(given):
         ({"pairs": [[3, 2]]}, r"overrides\.pairs: found \[\[3, 2\]\], expected pairs of a level"),
         ({"pairs": [[1, 5]]}, "expected pairs of a level 1..3 and a coarser one up to 4"),
         ({"pairs": []}, "expected pairs of"),
+        ({"pairs": [[]]}, "expected pairs of"),
+        ({"pairs": [[1, 4], [1, 4]]}, "expected each of them once"),
         ({"pairs": [1, 4]}, r"pairs: found \[1, 4\], expected a list of pairs"),
         ({"pairs": [[1, 4], [2, 3]]}, r"found fine levels \[1, 2\], expected them from coarse to"),
         ({"pairs": [[1, 4]], "final_fuse": False}, "final_fuse: found False beside pairs"),

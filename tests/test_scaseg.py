@@ -204,9 +204,9 @@ def by_hand(head, config, maps):
             side = 2 ** (3 - j)
             level = F.avg_pool2d(level, side, side, ceil_mode=True)
             parts.append(block.blend.convs[j](level) if j < 3 else level)
-        source = F.gelu(block.blend.norm(torch.cat(parts, 1).flatten(2).mT))
+        source = F.gelu(block.blend.after(torch.cat(parts, 1).flatten(2).mT))
         tokens = maps[i].flatten(2).mT
-        normed = block.norm1(tokens)
+        normed = block.before_update(tokens)
         att, out = block.attention, []
         query, key, value = att.query(normed), att.key(source), att.value(source)
         scale = 1.0 if config.scale == "one" else (dim / att.heads) ** -0.5
@@ -223,7 +223,7 @@ def by_hand(head, config, maps):
             both = torch.cat([attended, local], 2)
             update = attended + local if config.merge == "sum" else block.merge(both)
         z = (normed if config.residual == "normed" else tokens) + update
-        normed = block.norm2(z)
+        normed = block.before_ffn(z)
         hidden = block.ffn.expand(normed).mT.unflatten(2, SIZES[i])
         hidden = F.gelu(block.ffn.depthwise(hidden)).flatten(2).mT
         z = (normed if config.residual == "normed" else z) + block.ffn.contract(hidden)

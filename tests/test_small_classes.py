@@ -39,6 +39,8 @@ def test_a_share_of_exactly_60_percent_is_not_enough():
     assert listed(at) == []
     assert listed([*at, mask_of(small)]) == ["at"]
     assert listed(at, share=0.59) == ["at"]
+    assert 0.7 * 90 < 63
+    assert listed([mask_of(small)] * 63 + [mask_of(large)] * 27, share=0.7) == []
 
 
 def test_ignored_pixels_and_absent_classes_do_not_count():

@@ -8,6 +8,7 @@ an annotated instance, is left out: the scene parsing masks do not tell instance
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -103,8 +104,9 @@ def count_small(
         ids, is_small = _appearances(mask, options)
         appearances += np.bincount(ids, minlength=len(class_names))
         small += np.bincount(ids[is_small], minlength=len(class_names))
+    share = Fraction(str(options.share))  # 0.7 * 90 is below 63 as floats multiply
     return [
-        SmallClass(name, class_id, int(count), int(few), bool(few > options.share * count))
+        SmallClass(name, class_id, int(count), int(few), int(few) > share * int(count))
         for class_id, (name, count, few) in enumerate(
             zip(class_names, appearances, small, strict=True)
         )

@@ -78,12 +78,14 @@ class CLAConfig:
         for key, choices in _CHOICES.items():
             check_choice(key, getattr(self, key), choices)
         pairs = [list(pair) for pair in self.pairs]
-        fine = [pair[0] for pair in pairs]
         if not pairs or any(len(pair) != 2 or not 1 <= pair[0] < pair[1] <= 4 for pair in pairs):
             raise ConfigError(
                 f"pairs: found {pairs}, expected pairs of a level 1..3 and a coarser one up to 4, "
                 "e.g. [[2, 3], [1, 4]]"
             )
+        if len({tuple(pair) for pair in pairs}) < len(pairs):
+            raise ConfigError(f"pairs: found {pairs}, expected each of them once")
+        fine = [pair[0] for pair in pairs]
         if fine != sorted(fine, reverse=True):
             raise ConfigError(
                 f"pairs: found fine levels {fine}, expected them from coarse to fine: each block "

@@ -240,12 +240,12 @@ class Blend(nn.Module):
     def __init__(self, dims: Sequence[int]) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(dim, dim, 1) for dim in dims[:-1])
-        self.norm = nn.LayerNorm(sum(dims))
+        self.after = nn.LayerNorm(sum(dims))
 
     def forward(self, pooled: Sequence[Tensor]) -> Tensor:
         """Map levels averaged to the coarsest one's cells, (B, h, w, C_l), to (B, G, S)."""
         mixed = [convolve(cast(nn.Conv2d, c), p) for c, p in zip(self.convs, pooled, strict=False)]
-        return F.gelu(self.norm(torch.cat([*mixed, pooled[-1]], 3))).flatten(1, 2)
+        return F.gelu(self.after(torch.cat([*mixed, pooled[-1]], 3))).flatten(1, 2)
 
 
 class CrossLayerBlock(nn.Module):
@@ -262,14 +262,16 @@ class CrossLayerBlock(nn.Module):
         dim, heads = dims[level], config.heads[level]
         self.local_input = config.local
         self.adds_to_normed = config.residual == "normed"
+        # Decayed as in the works it descends from, where "head" is tried before "norm": no norm of
+        # the head has that word in its name.
         self.blend = Blend(dims)
-        self.norm1 = nn.LayerNorm(dim)
+        self.before_update = nn.LayerNorm(dim)
         scale = 1.0 if config.scale == "one" else (dim // heads) ** -0.5
         self.attention = StripCrossAttention(dim, sum(dims), heads, scale)
         if config.local != "off":
             self.local = LocalPerception(dim, config.gate)
         self.merge = nn.Linear(2 * dim, dim) if config.merge == "concat" else None
-        self.norm2 = nn.LayerNorm(dim)
+        self.before_ffn = nn.LayerNorm(dim)
         self.ffn = MixFFN(dim, 4 * dim)
         self.drop_path = DropPath(config.drop_path)
 
@@ -280,10 +282,10 @@ class CrossLayerBlock(nn.Module):
             map_BHWC: from the encoder.
             pooled: all levels, see `Blend`; those coarser than this one decoded.
         """
-        normed = self.norm1(map_BHWC)
+        normed = self.before_update(map_BHWC)
         update = self._update(map_BHWC, normed, self.blend(pooled))
         summed = (normed if self.adds_to_normed else map_BHWC) + self.drop_path(update)
-        normed = self.norm2(summed)
+        normed = self.before_ffn(summed)
         start = normed if self.adds_to_normed else summed
         out: Tensor = start + self.drop_path(self.ffn(normed))
         return out

@@ -70,8 +70,11 @@ _SHRUNK: tuple[Rule, ...] = (
     (r"^decode_head\.atm\.q\.weight$", "head.atm.queries"),
     (r"^decode_head\.atm\.class_embed\.", "head.atm.classify."),
 )
-# The class weights of the loss, and the unused convolution that the head's base class makes.
-_SEGVIT_UNUSED = re.compile(r"\.criterion\.empty_weight$|^decode_head\.(atm\.)?conv_seg\.")
+# The class weights of the loss, the unused convolution that the head's base class makes, and the
+# final norm of files that Segmenter used, which SegViT leaves out.
+_SEGVIT_UNUSED = re.compile(
+    r"\.criterion\.empty_weight$|^decode_head\.(atm\.)?conv_seg\.|^(backbone\.)?ln1\."
+)
 
 
 def _index(match: re.Match[str]) -> int:
