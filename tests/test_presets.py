@@ -585,20 +585,21 @@ def test_every_run_builds_and_its_initial_weights_fit(preset: str, run: str) -> 
     "model", ["segformer_b0", "hila_segformer_b0_s3", "hila_segformer_b2_s234", "scaseg_mit_b0"]
 )
 def test_drop_path_and_groups_of_fine_tuning(model: str) -> None:
-    """SegFormer's rule goes by names; said here by kinds: what is a LayerNorm is not decayed."""
+    """SegFormer's rule goes by names; here by kinds: a LayerNorm is decayed in a head alone."""
     optim = load_config(preset_path("hila-ade20k")).finetune.optim
     with torch.device("meta"):
         built = create_model(model, num_classes=150)
         optimizer = build_optimizer(built, optim)
     rates = [part.rate for part in built.modules() if isinstance(part, DropPath)]
     assert max(rates) == pytest.approx(0.1)
+    head = {id(parameter) for parameter in built.head.parameters()}
     norms = {
         id(parameter)
         for part in built.modules()
         if isinstance(part, torch.nn.LayerNorm)
         for parameter in part.parameters()
-    }
-    head = {id(parameter) for parameter in built.head.parameters()}
+    } - head
+    assert norms
     seen = 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
