@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.edge import progress_bar, run_to_exit
 from xattn.config import load_config
+from xattn.evaluate.inference import HEADLINE
 from xattn.places import STAGES, find_model_dir, results_dir, shards_dir
 from xattn.scoring import evaluate_model
 from xattn.storage import read_json
@@ -37,7 +38,7 @@ def evaluate(run: str, base: Path, stage: str | None = None) -> dict[str, Any]:
 
 def headline(metrics: dict[str, Any]) -> str:
     """Say the result in one line."""
-    name = "mIoU" if "mIoU" in metrics else "top1"
+    name = next(name for name in HEADLINE.values() if name in metrics)
     return (
         f"{metrics['run']}: {name} {metrics[name]:.4f} on {metrics['images']} images "
         f"of {metrics['dataset']}/{metrics['split']}, {metrics['images_per_s']} img/s"

@@ -306,7 +306,7 @@ def test_wrong_settings_are_refused(tmp_path, index):
         train(index, world=5)
     with pytest.raises(ConfigError, match="SegmentationEval is not a transform for task 'class"):
         build_eval_loader(index, "val", "classification", SegmentationEval(), batch=1)
-    with pytest.raises(ConfigError, match="task 'detection' has no loader"):
+    with pytest.raises(ConfigError, match="SegmentationEval is not a transform for task 'detect"):
         build_eval_loader(index, "val", "detection", SegmentationEval(), batch=1)
     with pytest.raises(DataError, match="no split 'test'"):
         build_eval_loader(index, "test", "segmentation", SegmentationEval(), batch=1)

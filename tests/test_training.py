@@ -158,17 +158,17 @@ def test_global_batch_that_workers_cannot_share(project: Path) -> None:
         plan_job(config, "finetune", "segmenter", project)
 
 
-def test_detectors_are_refused_in_one_line(project: Path) -> None:
+def test_models_of_another_task_are_refused(project: Path) -> None:
     params = small_params()
     params["runs"]["segmenter"] |= {"model": "ssd300_cfsam", "overrides": {}}
     params["pretrain_runs"]["classifier"] |= {"model": "ssd300", "overrides": {}}
     config = load_config(write_params(project, params))
-    message = r"runs\.segmenter\.model: 'ssd300_cfsam' is for detection, which no stage trains;"
+    message = (
+        r"runs\.segmenter\.model: found 'ssd300_cfsam', expected a model for segmentation, e\.g"
+    )
     with pytest.raises(ConfigError, match=message):
         plan_job(config, "finetune", "segmenter", project)
-    with pytest.raises(
-        ConfigError, match=r"pretrain expects a model for classification, e\.g\. mit"
-    ):
+    with pytest.raises(ConfigError, match=r"expected a model for classification, e\.g\. mit"):
         plan_job(config, "pretrain", "classifier", project)
 
 

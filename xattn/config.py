@@ -6,14 +6,15 @@ to change a value: the file, by hand or by `dvc exp run -S finetune.optim.lr=3e-
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from xattn.cluster.settings import ClusterConfig
+from xattn.data.augment_detection import DetectionAugment, DetectionEval
 from xattn.data.datasets import DatasetConfig
 from xattn.data.mixing import ClassificationMix
 from xattn.data.order import OrderSettings
@@ -27,6 +28,7 @@ from xattn.data.transforms import (
 from xattn.errors import ConfigError, UnknownNameError, nearest
 from xattn.evaluate.boundary import BoundaryConfig
 from xattn.evaluate.inference import ProtocolConfig, SegmentationProtocol
+from xattn.structures import Task
 from xattn.tracking import TrackingConfig
 from xattn.train.engine import FitConfig
 from xattn.train.optim import OptimConfig
@@ -76,9 +78,15 @@ class ValidateClassifier(_ValidateConfig):
 
 
 class ValidateSegmenter(_ValidateConfig):
-    """Validation of a fine-tuning run."""
+    """Validation of a segmenter's run."""
 
     transform: SegmentationEval
+
+
+class ValidateDetector(_ValidateConfig):
+    """Validation of a detector's run."""
+
+    transform: DetectionEval
 
 
 class _StageConfig(_Section):
@@ -110,6 +118,8 @@ class PretrainConfig(_StageConfig):
         loss: keyword arguments of the classifier's loss, e.g. label_smoothing.
     """
 
+    task: ClassVar[Task] = "classification"
+
     augment: ClassificationAugment
     mix: ClassificationMix | None = None
     loss: dict[str, Any] = {}
@@ -121,13 +131,15 @@ class PretrainConfig(_StageConfig):
         return self.augment.size, self.augment.size
 
 
-class FinetuneConfig(_StageConfig):
+class FinetuneSegmenters(_StageConfig):
     """The recipe that every fine-tuning run shares.
 
     Args:
+        task: what the runs' models are for.
         loss: keyword arguments of the model's loss, e.g. normalise.
     """
 
+    task: Literal["segmentation"] = "segmentation"
     augment: SegmentationAugment
     loss: dict[str, Any] = {}
     validate_on: ValidateSegmenter
@@ -138,6 +150,35 @@ class FinetuneConfig(_StageConfig):
         return self.augment.crop
 
 
+class FinetuneDetectors(_StageConfig):
+    """The same of detectors; `task: detection` says that it is this one."""
+
+    task: Literal["detection"]
+    augment: DetectionAugment
+    loss: dict[str, Any] = {}
+    validate_on: ValidateDetector
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of a training image, px."""
+        return self.augment.size, self.augment.size
+
+
+_FINETUNE: dict[str, type[BaseModel]] = {
+    "<segmenters>": FinetuneSegmenters,
+    "<detectors>": FinetuneDetectors,
+}
+"""By tags that no key of a file is taken for: `explain` leaves them out."""
+
+
+def _finetune_tag(section: Any) -> str | None:
+    task = section.get("task", "segmentation") if isinstance(section, dict) else "segmentation"
+    return {"segmentation": "<segmenters>", "detection": "<detectors>"}.get(task)
+
+
+FinetuneConfig = FinetuneSegmenters | FinetuneDetectors
+
+
 class EvaluateConfig(ProtocolConfig):
     """The final protocol.
 
@@ -146,6 +187,7 @@ class EvaluateConfig(ProtocolConfig):
         multi_scale: how they are shown to it a second time, for scores whose names end in "_ms";
             boundaries and crops are scored by `segmentation` alone. None leaves it out.
         classification: how they are shown to a classifier.
+        detection: how they are shown to a detector.
         boundary: the boundary scores to take of a segmentation model; None for none.
         crops: (height, width) of distance crops that are scored beside the whole image, px.
         small_classes: a file with the name of a class a line (# begins a comment), over which
@@ -157,6 +199,7 @@ class EvaluateConfig(ProtocolConfig):
     segmentation: SegmentationProtocol
     multi_scale: SegmentationProtocol | None = None
     classification: ClassificationEval
+    detection: DetectionEval = DetectionEval(size=300)
     boundary: BoundaryConfig | None = None
     crops: tuple[Size, ...] = ()
     small_classes: str | None = None
@@ -177,7 +220,15 @@ class Config(_Section):
     datasets: dict[Name, DatasetConfig]
     pretrain: PretrainConfig
     pretrain_runs: dict[Name, RunConfig]
-    finetune: FinetuneConfig
+    finetune: Annotated[
+        Annotated[FinetuneSegmenters, Tag("<segmenters>")]
+        | Annotated[FinetuneDetectors, Tag("<detectors>")],
+        Discriminator(
+            _finetune_tag,
+            custom_error_type="unknown_task",
+            custom_error_message="task: expected segmentation or detection",
+        ),
+    ]
     runs: dict[Name, RunConfig]
     evaluate: EvaluateConfig
     cluster: ClusterConfig
@@ -238,7 +289,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Say in one line what the first fault of a validation is, by its dotted key."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if part not in _FINETUNE)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{key}: {_fault(first, model)}{more}"
 
@@ -249,6 +300,8 @@ def _fault(details: ErrorDetails, model: type[BaseModel]) -> str:
         return f"unknown key; did you mean '{near}'?" if near else "unknown key"
     if details["type"] == "missing":
         return "missing; it has no default"
+    if details["type"] == "unknown_task":
+        return f"{details['msg']}, found {details['input'].get('task')!r}"
     if details["type"] == "value_error":  # of a check of ours, which says what it found
         return details["msg"].removeprefix("Value error, ")
     message = details["msg"].replace("Input should be", "expected", 1)
@@ -257,6 +310,9 @@ def _fault(details: ErrorDetails, model: type[BaseModel]) -> str:
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Return the field names of the model that `location` leads to."""
+    for place, part in enumerate(location):
+        if part in _FINETUNE:
+            return _fields_at(_FINETUNE[str(part)], location[place + 1 :])
     for part in location:
         field = model.model_fields.get(str(part))
         if field is None:

@@ -28,19 +28,27 @@ from xattn.data.index import ShardIndex
 from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.data.order import check_divides
 from xattn.errors import CheckpointError, ConfigError, DamageError, UnknownNameError
-from xattn.evaluate.inference import headline, metrics_of, score_classification, score_segmentation
+from xattn.evaluate.inference import (
+    HEADLINE,
+    Scores,
+    metrics_of,
+    score_classification,
+    score_detection,
+    score_segmentation,
+)
 from xattn.malloc import keep_freed_memory
 from xattn.models.weights import WEIGHTS_SUFFIXES, load_weights, save_weights
 from xattn.models.zoo import create_recipe, list_models
 from xattn.places import run_dir, shards_dir
 from xattn.storage import read_json, refused_disk, sha256_file, sha256_json, write_json, write_text
-from xattn.structures import Batch, Progress, Recipe, Task
+from xattn.structures import Batch, Progress, Recipe
 from xattn.tracking import RunLogger, TrackedRun, close_run, open_run
 from xattn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from xattn.train.distributed import (
     Ranks,
     apply_ddp,
     apply_sync_batchnorm,
+    gather_over_ranks,
     is_first_process,
     join_ranks,
     sum_over_ranks,
@@ -121,14 +129,15 @@ def plan_job(config: Config, stage: Stage, run: str, base: Path) -> tuple[TrainJ
         raise ConfigError(f"{section}: {UnknownNameError('run', run, runs)}")
     spec, recipe = runs[run], config.pretrain if stage == "pretrain" else config.finetune
     recipe = recipe.model_copy(update={"loss": {**recipe.loss, **spec.loss}})
-    wanted: Task = "classification" if stage == "pretrain" else "segmentation"
-    if spec.model in list_models("detection"):
+    models = list_models(recipe.task)
+    if spec.model not in models and spec.model in list_models():
+        hint = "" if stage == "pretrain" else "; finetune.task says what the runs are for"
         raise ConfigError(
-            f"{section}.{run}.model: '{spec.model}' is for detection, which no stage trains; "
-            f"{stage} expects a model for {wanted}, e.g. {list_models(wanted)[0]}"
+            f"{section}.{run}.model: found '{spec.model}', expected a model for {recipe.task}, "
+            f"e.g. {models[0]}{hint}"
         )
-    if spec.model not in list_models(wanted):
-        near = UnknownNameError(f"{wanted} model", spec.model, list_models(wanted))
+    if spec.model not in models:
+        near = UnknownNameError(f"{recipe.task} model", spec.model, models)
         raise ConfigError(f"{section}.{run}.model: {near}")
     if config.cluster.backend == "ray":
         check_divides(recipe.fit.global_batch, config.cluster.workers)
@@ -401,8 +410,9 @@ class _Observer:
     def _validate(self, state: State) -> None:
         scores = validate(self._job, self._index, self._recipe, self._ranks)
         state.model.train()
-        name, value = headline(scores)
         self.scores = dict(metrics_of(scores))
+        name = HEADLINE[self._recipe.task]
+        value = self.scores[name]
         named = {f"val_{key}": number for key, number in self.scores.items()}
         self._record(state.step, {"step": state.step, "val_metric": value}, named)
         self._shown[name] = value
@@ -422,7 +432,7 @@ class _Observer:
             self._logger.log(step, metrics)
 
 
-def validate(job: TrainJob, index: ShardIndex, recipe: Recipe, ranks: Ranks) -> Any:
+def validate(job: TrainJob, index: ShardIndex, recipe: Recipe, ranks: Ranks) -> Scores:
     """Score the model on the validation split, each image once over all ranks."""
     protocol = job.recipe.validate_on
     loader = build_eval_loader(
@@ -435,8 +445,12 @@ def validate(job: TrainJob, index: ShardIndex, recipe: Recipe, ranks: Ranks) -> 
         world=ranks.world,
         threads=loader_threads(job.loader_threads, ranks.device),
     )
-    score = score_segmentation if recipe.task == "segmentation" else score_classification
-    return score(recipe, loader, index.info.num_classes, ranks.device, sum_over_ranks)
+    common = recipe, loader, index.info.num_classes, ranks.device
+    if recipe.task == "detection":
+        return score_detection(*common, gather_over_ranks)
+    if recipe.task == "segmentation":
+        return score_segmentation(*common, sum_over_ranks)
+    return score_classification(*common, sum_over_ranks)
 
 
 def loader_threads(configured: int | None, device: torch.device) -> int:

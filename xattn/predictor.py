@@ -15,17 +15,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from xattn.data.augment_detection import DetectionEval
 from xattn.data.pixels import Size
 from xattn.data.transforms import ClassificationEval, SegmentationEval
 from xattn.errors import CheckpointError, DataError
-from xattn.evaluate.inference import PLAIN, SegmentationProtocol, segment
+from xattn.evaluate.inference import PLAIN, SegmentationProtocol, detect, segment
 from xattn.models.weights import load_weights
 from xattn.models.zoo import create_recipe
 from xattn.storage import read_json, sha256_file
-from xattn.structures import DatasetInfo, Recipe
+from xattn.structures import DatasetInfo, Recipe, Task
 from xattn.train.distributed import resolve_device
 
-Transform = SegmentationEval | ClassificationEval
+Transform = SegmentationEval | ClassificationEval | DetectionEval
+
+_TRANSFORMS: dict[Task, type[Transform]] = {
+    "segmentation": SegmentationEval,
+    "classification": ClassificationEval,
+    "detection": DetectionEval,
+}
 
 _CARD_KEYS = (
     *("model", "overrides", "dataset", "task", "class_names", "palette", "transform"),
@@ -50,7 +57,7 @@ class Predictor:
     device: torch.device
 
     @torch.inference_mode()
-    def predict(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    def predict(self, image: npt.NDArray[np.uint8]) -> Any:
         """Predict one image.
 
         Args:
@@ -58,8 +65,8 @@ class Predictor:
 
         Returns:
             Segmentation: (H, W) uint8 class ids (int64 for more than 256 classes). Classification:
-                (K,)
-            float32 probabilities.
+            (K,) float32 probabilities. Detection: "boxes" (N, 4) float32 x1, y1, x2, y2 in pixels
+            of the image, "scores" (N,) float32 descending, "labels" (N,) int64.
 
         Raises:
             DataError: the array has another shape or dtype.
@@ -73,6 +80,10 @@ class Predictor:
         size = image.shape[0], image.shape[1]
         if isinstance(self.transform, SegmentationEval):
             return self._segment(pixels, size, self.transform)
+        if isinstance(self.transform, DetectionEval):
+            shown = self.transform.prepare(pixels)[None].to(self.device)
+            (found,) = detect(self.recipe, shown, [size])
+            return {name: value.numpy() for name, value in found.items()}
         outputs = self.recipe.model(self.transform(pixels)[None].to(self.device))
         logits: Tensor = self.recipe.decode(outputs, size)[0]
         return np.asarray(logits.softmax(dim=0).float().cpu().numpy())
@@ -119,8 +130,7 @@ def load_predictor(
     place = resolve_device(device)
     recipe.model.to(place).eval()
     if transform is None:
-        kind = SegmentationEval if recipe.task == "segmentation" else ClassificationEval
-        transform = kind(**card["transform"])
+        transform = _TRANSFORMS[recipe.task](**card["transform"])
     return Predictor(recipe, card, transform, place)
 
 

@@ -11,6 +11,7 @@ from xattn.config import Config
 from xattn.data.index import ShardIndex
 from xattn.errors import ConfigError
 from xattn.evaluate.cost import count_macs, count_params
+from xattn.evaluate.inference import HEADLINE
 from xattn.experiment import Stage, TrainJob, plan_job, run_training
 from xattn.models.zoo import create_recipe
 from xattn.places import results_dir
@@ -77,7 +78,7 @@ def write_training_results(job: TrainJob, out: Path) -> None:
     rows = read_history(job.run_dir / "history.jsonl")
     copy_atomic(job.final_dir / "model.safetensors", out / "model.safetensors")
     write_text(out / "curve.csv", curve_csv(rows))
-    metric = "mIoU" if job.stage == "finetune" else "top1"
+    metric = HEADLINE[job.recipe.task]
     losses = [row["loss"] for row in rows if "loss" in row]
     metrics = {
         "loss": losses[-1] if losses else None,
@@ -103,7 +104,7 @@ def _card(
         "run": job.run,
         "stage": job.stage,
         "model": job.spec.model,
-        "task": "segmentation" if job.stage == "finetune" else "classification",
+        "task": job.recipe.task,
         "overrides": job.spec.overrides,
         "dataset": job.spec.dataset,
         "num_classes": info.num_classes,

@@ -24,20 +24,22 @@ from xattn.data.index import ShardIndex, ShardReader
 from xattn.data.loader import build_eval_loader, decode_image
 from xattn.data.transforms import SegmentationEval
 from xattn.errors import ConfigError, DataError, UnknownNameError
+from xattn.evaluate.detection import DetectionScores, SeenImage
 from xattn.evaluate.hierarchy import attend_from_points, nothing_to_show
 from xattn.evaluate.inference import (
-    ClassificationScores,
+    Scores,
     SegmentationProtocol,
     metrics_of,
     score_classification,
+    score_detection,
     score_segmentation,
 )
 from xattn.evaluate.segmentation import DISTANCE_CROP_UP_PX, SegmentationScores
 from xattn.malloc import keep_freed_memory
 from xattn.models.pyramid import COARSEST_STRIDE
-from xattn.predictor import Predictor, load_predictor
+from xattn.predictor import Predictor, Transform, load_predictor
 from xattn.storage import read_json, refused_disk, write_atomic, write_json, write_text
-from xattn.structures import IGNORE_INDEX, Batch, Progress, identity_mean
+from xattn.structures import IGNORE_INDEX, Batch, Progress, Task, identity_mean
 
 
 def evaluate_model(
@@ -65,10 +67,14 @@ def evaluate_model(
     """
     index = ShardIndex.open(shards)
     card = read_json(model_dir / "model.json")
-    is_segmentation = card["task"] == "segmentation"
+    task: Task = card["task"]
     small_ids = _small_class_ids(config.small_classes, index.info.class_names)
-    transform = config.segmentation if is_segmentation else config.classification
-    predictor = load_predictor(model_dir, config.device, transform)
+    transforms: dict[Task, Transform] = {
+        "segmentation": config.segmentation,
+        "classification": config.classification,
+        "detection": config.detection,
+    }
+    predictor = load_predictor(model_dir, config.device, transforms[task])
     if predictor.device.type == "cpu":
         keep_freed_memory()
     if list(index.info.class_names) != card["class_names"]:
@@ -83,10 +89,10 @@ def evaluate_model(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     pictures = _Pictures(index, config, draft / "pictures")
-    again = config.multi_scale if is_segmentation else None
+    again = config.multi_scale if task == "segmentation" else None
     watch = _Watch(num_images * (1 if again is None else 2), on_progress)
 
-    def on_batch(batch: Batch, prediction: Tensor) -> None:
+    def on_batch(batch: Batch, prediction: Tensor | list[SeenImage]) -> None:
         pictures.keep(batch, prediction)
         watch.add(len(batch.keys))
 
@@ -102,7 +108,7 @@ def evaluate_model(
         "dataset": card["dataset"],
         "split": config.split,
         "images": images,
-        "protocol": _protocol(config, is_segmentation),
+        "protocol": _protocol(config, task),
         **{name: round(value, 6) for name, value in named.items()},
         "images_per_s": round(rate, 2),
         "device": _device_name(predictor.device),
@@ -114,11 +120,14 @@ def evaluate_model(
     return metrics
 
 
-def per_class_csv(
-    scores: SegmentationScores | ClassificationScores, class_names: tuple[str, ...]
-) -> str:
+def per_class_csv(scores: Scores, class_names: tuple[str, ...]) -> str:
     """Return one line a class; a score that does not exist is left blank."""
-    if isinstance(scores, SegmentationScores):
+    columns: list[list[float]]
+    if isinstance(scores, DetectionScores):
+        header = ["class", "id", "ap", "ap_11", "objects"]
+        voc = scores.voc
+        columns = [voc.ap_area.tolist(), voc.ap_11.tolist(), voc.objects.tolist()]
+    elif isinstance(scores, SegmentationScores):
         header = ["class", "id", "iou", "accuracy", "pixels"]
         columns = [scores.iou.tolist(), scores.accuracy.tolist(), scores.pixels.tolist()]
         for threshold, f in scores.boundary.f.items() if scores.boundary else ():
@@ -156,8 +165,13 @@ class _Pictures:
         self._points: dict[str, tuple[float, float]] = {}
         folder.mkdir(parents=True)
 
-    def keep(self, batch: Batch, prediction: Tensor) -> None:
-        """Write the chosen ones of a segmentation batch; a classifier's batch has no picture."""
+    def keep(self, batch: Batch, prediction: Tensor | list[SeenImage]) -> None:
+        """Write the chosen ones of a batch; a classifier's has no picture."""
+        if isinstance(prediction, list):
+            for seen in prediction:
+                if seen.key in self._chosen:
+                    self._write_boxes(seen)
+            return
         if prediction.ndim != 3:
             return
         for row, key in enumerate(batch.keys):
@@ -177,12 +191,34 @@ class _Pictures:
             )
             write_text(self._folder / f"{key}.attention.json", json.dumps(asdict(token)))
 
-    def _write(self, key: str, prediction: npt.NDArray[np.uint8], target: Tensor) -> None:
+    def _write_image(self, key: str) -> None:
         image = self._reader.read(self._chosen[key])["image"]
         with Image.open(io.BytesIO(image)) as opened:
             rgb = opened.convert("RGB")
         place = self._folder / f"{key}.image.jpg"
         write_atomic(place, partial(rgb.save, format="JPEG", quality=92))
+
+    def _write_boxes(self, seen: SeenImage) -> None:
+        self._write_image(seen.key)
+        truth = [
+            {
+                "class_id": box.class_id,
+                "box": [box.x1, box.y1, box.x2, box.y2],
+                "difficult": box.difficult,
+                "crowd": box.crowd,
+            }
+            for box in seen.objects
+        ]
+        columns = (seen.found[name].tolist() for name in ("labels", "boxes", "scores"))
+        found = [
+            {"class_id": label, "box": box, "score": score}
+            for label, box, score in zip(*columns, strict=True)
+        ]
+        write_json(self._folder / f"{seen.key}.truth.json", truth)
+        write_json(self._folder / f"{seen.key}.prediction.json", found)
+
+    def _write(self, key: str, prediction: npt.NDArray[np.uint8], target: Tensor) -> None:
+        self._write_image(key)
         for name, ids in (
             ("truth", target.to(torch.uint8).cpu().numpy()),
             ("prediction", prediction),
@@ -233,18 +269,24 @@ def _score(
     predictor: Predictor,
     index: ShardIndex,
     config: EvaluateConfig,
-    on_batch: Callable[[Batch, Tensor], None],
-) -> SegmentationScores | ClassificationScores:
+    on_batch: Callable[[Batch, Tensor | list[SeenImage]], None],
+) -> Scores:
     """Score a predictor on the configured split."""
-    recipe, num_classes = predictor.recipe, index.info.num_classes
-    protocol, is_segmentation = config.segmentation, recipe.task == "segmentation"
-    transform = protocol.of_loader if is_segmentation else config.classification
+    recipe, protocol = predictor.recipe, config.segmentation
+    transform = protocol.of_loader if recipe.task == "segmentation" else predictor.transform
     loader = build_eval_loader(index, config.split, recipe.task, transform, batch=config.batch)
-    common = recipe, loader, num_classes, predictor.device, identity_mean, on_batch
-    if not is_segmentation:
-        return score_classification(*common)
+    common = recipe, loader, index.info.num_classes, predictor.device
+    if recipe.task == "detection":
+        return score_detection(*common, lambda seen: [seen], on_batch)
+    if recipe.task == "classification":
+        return score_classification(*common, identity_mean, on_batch)
     return score_segmentation(
-        *common, protocol=protocol, boundary=config.boundary, crops=config.crops
+        *common,
+        identity_mean,
+        on_batch,
+        protocol=protocol,
+        boundary=config.boundary,
+        crops=config.crops,
     )
 
 
@@ -269,9 +311,7 @@ def _score_again(
     )
 
 
-def _metrics(
-    scores: SegmentationScores | ClassificationScores, small_ids: list[int]
-) -> dict[str, float]:
+def _metrics(scores: Scores, small_ids: list[int]) -> dict[str, float]:
     named = dict(metrics_of(scores))
     if small_ids and isinstance(scores, SegmentationScores):
         named["mIoU_small"] = float(scores.iou[small_ids].nanmean())
@@ -296,8 +336,14 @@ def _small_class_ids(path: str | None, class_names: Sequence[str]) -> list[int]:
     return sorted({class_names.index(name) for name in names})
 
 
-def _protocol(config: EvaluateConfig, is_segmentation: bool) -> str:
-    if not is_segmentation:
+def _protocol(config: EvaluateConfig, task: Task) -> str:
+    if task == "detection":
+        side = config.detection.size
+        return (
+            f"image stretched to {side} x {side}; mAP_50 by the rules of VOC 2010, mAP_50_11 by "
+            "those of 2007, difficult objects left out; the others by COCO's"
+        )
+    if task == "classification":
         settings = config.classification.model_dump(mode="json")
         shown = ", ".join(f"{name} {value}" for name, value in settings.items())
         return f"whole image, single scale ({shown})"

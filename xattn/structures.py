@@ -60,7 +60,16 @@ class DatasetInfo:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """One object: corners in pixels of the stored image, edges at pixel borders (w = x2 - x1)."""
+    """One object: corners in pixels of the stored image, edges at pixel borders (w = x2 - x1).
+
+    Args:
+        class_id: 0..K-1.
+        x1, y1, x2, y2: left, top, right and bottom edge.
+        difficult: VOC's mark of what need not be found.
+        crowd: COCO's mark of a group that is outlined as one.
+        area: px squared, by which COCO calls objects small or large: that of the outline, not of
+            the box; None where the data set has none.
+    """
 
     class_id: int
     x1: float
@@ -69,6 +78,7 @@ class Box:
     y2: float
     difficult: bool = False
     crowd: bool = False
+    area: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +111,21 @@ class Batch:
     Args:
         images: (B, 3, H, W) float32, normalised by the ImageNet mean and deviation (uint8 as stored
             where the loader was given no transform).
-        target: int64; segmentation (B, H, W) with ids 0..K-1 or IGNORE_INDEX, classification (B,).
+        target: what the task's loss takes. Segmentation: (B, H, W) int64 with ids 0..K-1 or
+            IGNORE_INDEX; classification: (B,) int64, or (B, K) shares of mixed images; detection:
+            `BoxTarget`.
         keys: the B sample keys.
         sizes: the B original (height, width) in pixels.
         damaged: what was wrong with samples that others took the place of.
+        objects: of detection, all that is marked in each of the B stored images.
     """
 
     images: Tensor
-    target: Tensor
+    target: Any
     keys: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
     damaged: tuple[str, ...] = ()
+    objects: tuple[tuple[Box, ...], ...] = ()
 
     def to(self, device: str | torch_device, channels_last: bool = False) -> Batch:
         """Return this batch on `device`; pinned memory is copied without waiting."""
@@ -119,7 +133,15 @@ class Batch:
 
         memory_format = torch.channels_last if channels_last else torch.preserve_format
         images = self.images.to(device, non_blocking=True, memory_format=memory_format)
-        target = self.target.to(device, non_blocking=True)
+        return self._with(images, lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return this batch in page-locked memory, from which a GPU copies."""
+        return self._with(self.images.pin_memory(), lambda part: part.pin_memory())
+
+    def _with(self, images: Tensor, change: Callable[[Tensor], Tensor]) -> Batch:
+        is_single = not isinstance(self.target, BoxTarget)
+        target = change(self.target) if is_single else BoxTarget(*map(change, self.target))
         return replace(self, images=images, target=target)
 
 
@@ -152,9 +174,9 @@ class Recipe:
     Args:
         model: plain module with only `forward(images (B, 3, H, W))`.
         loss: (outputs, target, mean_over_ranks) -> named scalars; "loss" is the one to descend, the
-            others are reported. The target of a detector is a `BoxTarget`. A sum over samples or
-            pixels is divided by a count that does not depend on how the batch was split over ranks,
-            for which it may ask `mean_over_ranks`.
+            others are reported. The target is a `Batch`'s. A sum over samples or pixels is divided
+            by a count that does not depend on how the batch was split over ranks, for which it may
+            ask `mean_over_ranks`.
         decode: (outputs, (height, width)) -> prediction. Segmentation: (B, K, height, width);
             classification: (B, K), both logits (of SegViT scores, not below 0);
             detection: torchvision's list of dicts.
@@ -163,7 +185,7 @@ class Recipe:
     """
 
     model: nn.Module
-    loss: Callable[[Any, Tensor, MeanOverRanks], dict[str, Tensor]]
+    loss: Callable[[Any, Any, MeanOverRanks], dict[str, Tensor]]
     decode: Callable[[Any, tuple[int, int]], Any]
     task: Task
     counting: Counting = "segformer"

@@ -121,8 +121,8 @@ def close_run(run: TrackedRun, failed: bool) -> None:
 def register_model(run: TrackedRun, name: str, folder: Path, scores: Mapping[str, float]) -> str:
     """Log a trained model as a pyfunc with its code, and register it.
 
-    `mlflow.pyfunc.load_model(uri).predict(images)` takes (N, H, W, 3) uint8 RGB and gives class ids
-    (N, H, W) or, for a classifier, (N,).
+    `mlflow.pyfunc.load_model(uri).predict(images)` takes (N, H, W, 3) uint8 RGB and gives what
+    `Predictor.predict` does: stacked class ids or probabilities, of a detector a list.
 
     Args:
         run: the training's run.
@@ -280,6 +280,7 @@ def _saved_model_class() -> type[Any]:
         def predict(self, model_input: Any) -> Any:
             import numpy as np  # noqa: PLC0415
 
-            return np.stack([self.predictor.predict(image) for image in np.asarray(model_input)])
+            found = [self.predictor.predict(image) for image in np.asarray(model_input)]
+            return found if self.predictor.recipe.task == "detection" else np.stack(found)
 
     return SavedModel

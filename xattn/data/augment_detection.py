@@ -167,7 +167,7 @@ class DetectionAugment(BaseModel):
 
 
 class DetectionEval(BaseModel):
-    """Resize for scoring a detector; the boxes keep the pixels of the stored image.
+    """Resize for scoring a detector.
 
     Args:
         size: side of the square that every image is stretched to, px.
@@ -178,8 +178,10 @@ class DetectionEval(BaseModel):
     size: int = Field(ge=1)
 
     def __call__(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the normalised image (3, size, size) and the untouched boxes."""
-        return self.prepare(image), boxes
+        """Return the normalised image (3, size, size) and the boxes (N, 4) in its pixels."""
+        height, width = size_of(image)
+        scale = boxes.new_tensor([self.size / width, self.size / height]).repeat(2)
+        return self.prepare(image), boxes * scale
 
     def prepare(self, image: Tensor) -> Tensor:
         """Return the resized, normalised image alone."""

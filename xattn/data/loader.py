@@ -4,18 +4,21 @@ What a step takes is computed from the order; threads only read, decode and augm
 make any batch without a difference to it, since all chance comes from (seed, visit, sample id).
 """
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from threading import Barrier, local
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from xattn.data.augment_detection import DetectionAugment, DetectionEval
 from xattn.data.index import ShardIndex, ShardReader, decode_mask
 from xattn.data.mixing import ClassificationMix
 from xattn.data.order import (
@@ -35,10 +38,10 @@ from xattn.data.transforms import (
     rng_for,
 )
 from xattn.errors import ConfigError, DamageError, DataError
-from xattn.structures import IGNORE_INDEX, Batch, Task
+from xattn.structures import IGNORE_INDEX, Batch, Box, BoxTarget, Task
 
-TrainTransform = SegmentationAugment | ClassificationAugment
-EvalTransform = SegmentationEval | ClassificationEval
+TrainTransform = SegmentationAugment | ClassificationAugment | DetectionAugment
+EvalTransform = SegmentationEval | ClassificationEval | DetectionEval
 
 _AHEAD = 2  # batches that each thread is ahead of the training
 
@@ -52,7 +55,25 @@ class _Ids:
     partners: list[int] | None = None
 
 
-_FIELDS: dict[Task, str] = {"segmentation": "mask", "classification": "label"}
+class _Loaded(NamedTuple):
+    """A sample as the model sees it; its target is not batched."""
+
+    image: Tensor
+    target: Tensor | BoxTarget
+    objects: tuple[Box, ...]
+    position: int
+
+
+_FIELDS: dict[Task, str] = {
+    "segmentation": "mask",
+    "classification": "label",
+    "detection": "boxes",
+}
+_TRANSFORMS: dict[Task, tuple[type, type]] = {
+    "segmentation": (SegmentationAugment, SegmentationEval),
+    "classification": (ClassificationAugment, ClassificationEval),
+    "detection": (DetectionAugment, DetectionEval),
+}
 
 
 def build_train_loader(
@@ -78,7 +99,7 @@ def build_train_loader(
     Args:
         index: the shard folder.
         split: name of the split.
-        task: "segmentation" or "classification".
+        task: which of a sample's targets; in training, objects marked difficult or crowd are none.
         augment: the recipe that fits the task; None gives the pixels as they are stored.
         seed: of the order and of the augmentation.
         global_batch: samples a step over all ranks; a multiple of `world`.
@@ -131,7 +152,7 @@ def build_eval_loader(
     Args:
         index: the shard folder.
         split: name of the split.
-        task: "segmentation" or "classification".
+        task: which of a sample's targets.
         transform: the recipe that fits the task; None gives the pixels as they are stored.
         batch: most samples in a batch.
         rank: 0..world-1.
@@ -148,8 +169,8 @@ def build_eval_loader(
     rows = index.records(split)
     own = eval_positions(len(rows), rank, world)
     sizes = np.stack([rows["height"], rows["width"]], axis=1)[own.start :: own.step].tolist()
-    if task == "classification" and transform is not None:
-        sizes = [None] * len(sizes)
+    if task != "segmentation" and transform is not None:
+        sizes = [None] * len(sizes)  # all are shown at one size
     return BatchLoader(samples, _group_equal(own, sizes, batch), threads, pin_memory)
 
 
@@ -180,10 +201,7 @@ class BatchLoader:
 
     def _make(self, ids: "_Ids") -> Batch:
         batch = self._samples.batch(ids)
-        if self._pin:
-            pinned = batch.images.pin_memory(), batch.target.pin_memory()
-            return replace(batch, images=pinned[0], target=pinned[1])
-        return batch
+        return batch.pin_memory() if self._pin else batch
 
 
 def _ahead(
@@ -289,8 +307,8 @@ class _Samples:
         """Read, decode, augment, collate and mix."""
         damaged: list[str] = []
         samples = [self._load_sound(visit, position, damaged) for visit, position in ids.samples]
-        images, targets, positions = zip(*samples, strict=True)
-        pixels, target = _stack(images), torch.stack(targets)
+        pixels = _stack([sample.image for sample in samples])
+        target = _collate([sample.target for sample in samples])
         if self._mix is not None and ids.partners is not None:
             rng = rng_for(self._seed, ids.step)
             pixels, target = self._mix(
@@ -299,63 +317,70 @@ class _Samples:
         return Batch(
             pixels,
             target,
-            tuple(self._reader.key(position) for position in positions),
-            tuple(self._reader.size(position) for position in positions),
+            tuple(self._reader.key(sample.position) for sample in samples),
+            tuple(self._reader.size(sample.position) for sample in samples),
             tuple(damaged),
+            tuple(sample.objects for sample in samples) if self._field == "boxes" else (),
         )
 
-    def _load_sound(
-        self, visit: int, position: int, damaged: list[str]
-    ) -> tuple[Tensor, Tensor, int]:
+    def _load_sound(self, visit: int, position: int, damaged: list[str]) -> _Loaded:
         """Load a sample, or the next sound one; adds what was wrong to `damaged`."""
         for place in range(position, position + len(self._reader)):
             try:
-                image, target = self._load(visit, place % len(self._reader))
+                return self._load(visit, place % len(self._reader))
             except DamageError as error:  # not a store that does not answer
                 if len(damaged) >= self._skip_damaged:
                     raise
                 damaged.append(str(error))
-            else:
-                return image, target, place % len(self._reader)
         raise DataError(f"no sample of the split is sound; the last: {damaged[-1]}")
 
-    def _load(self, visit: int, position: int) -> tuple[Tensor, Tensor]:
+    def _load(self, visit: int, position: int) -> _Loaded:
         fields = self._reader.read(position)
+        objects: tuple[Box, ...] = ()
+        target: Tensor | BoxTarget
         try:
             image = decode_image(fields["image"])
             if self._field == "label":
                 target = torch.tensor(int(fields["label"]))
-            else:
+            elif self._field == "mask":
                 target = torch.from_numpy(np.take(self._targets, decode_mask(fields["mask"])))
-        except (RuntimeError, OSError, ValueError) as error:
+            else:
+                objects = tuple(Box(**row) for row in json.loads(fields["boxes"]))
+                target = _box_target(objects)
+        except (RuntimeError, OSError, ValueError, TypeError) as error:
             place = self._reader.place(position)
             raise DamageError(f"{place}: cannot be decoded: {error}") from error
         image, target = self._apply(image, target, visit, position)
-        return image, target.long()
+        if isinstance(target, Tensor):
+            target = target.long()
+        return _Loaded(image, target, objects, position)
 
     def _apply(
-        self, image: Tensor, target: Tensor, visit: int, position: int
-    ) -> tuple[Tensor, Tensor]:
+        self, image: Tensor, target: Any, visit: int, position: int
+    ) -> tuple[Tensor, Tensor | BoxTarget]:
         match self._transform:
             case SegmentationAugment() as augment:
-                return augment(image, target, rng_for(self._seed, visit, position))
+                image, target = augment(image, target, rng_for(self._seed, visit, position))
             case ClassificationAugment() as augment:
-                return augment(image, rng_for(self._seed, visit, position)), target
+                image = augment(image, rng_for(self._seed, visit, position))
+            case DetectionAugment() as augment:
+                rng = rng_for(self._seed, visit, position)
+                image, boxes, kept = augment(image, target.boxes, rng)
+                target = BoxTarget(boxes, target.labels[kept])
             case SegmentationEval() as prepare:
-                return prepare(image, target)
+                image, target = prepare(image, target)
             case ClassificationEval() as prepare:
-                return prepare(image), target
-            case None:
-                return image, target
+                image = prepare(image)
+            case DetectionEval() as prepare:
+                image, boxes = prepare(image, target.boxes)
+                target = BoxTarget(boxes, target.labels)
+        return image, target
 
 
 def _check_fit(
     index: ShardIndex, split: str, task: Task, transform: TrainTransform | EvalTransform | None
 ) -> None:
-    if task not in _FIELDS:
-        raise ConfigError(f"task '{task}' has no loader, expected one of {', '.join(_FIELDS)}")
-    segments = isinstance(transform, SegmentationAugment | SegmentationEval)
-    if transform is not None and segments != (task == "segmentation"):
+    if transform is not None and not isinstance(transform, _TRANSFORMS[task]):
         raise ConfigError(f"{type(transform).__name__} is not a transform for task '{task}'")
     summary, field = index.split(split), _FIELDS[task]
     if summary.fields[field] != summary.count:
@@ -386,6 +411,22 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
     if images[0].stride(0) == 1:
         return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return torch.stack(list(images))
+
+
+def _box_target(objects: Sequence[Box]) -> BoxTarget:
+    """Return the boxes (M, 4) and labels (M,) of the objects that are to be learnt."""
+    learnt = [box for box in objects if not box.difficult and not box.crowd]
+    corners = [(box.x1, box.y1, box.x2, box.y2) for box in learnt]
+    boxes = torch.tensor(corners, dtype=torch.float32).view(-1, 4)
+    return BoxTarget(boxes, torch.tensor([box.class_id for box in learnt], dtype=torch.int64))
+
+
+def _collate(targets: Sequence[Tensor | BoxTarget]) -> Any:
+    """Stack targets; those of boxes are padded with none to the same number."""
+    if not isinstance(targets[0], BoxTarget):
+        return torch.stack([target for target in targets if isinstance(target, Tensor)])
+    boxes, labels = (list(parts) for parts in zip(*targets, strict=True))
+    return BoxTarget(pad_sequence(boxes, True), pad_sequence(labels, True, -1))
 
 
 def _group_equal(positions: Iterable[int], sizes: Iterable[Any], most: int) -> list[_Ids]:

@@ -25,7 +25,7 @@ from xattn.data.stored import Recode, recode
 from xattn.errors import DataError
 from xattn.remote import Bucket
 from xattn.storage import read_json, write_atomic, write_json
-from xattn.structures import DatasetInfo, Sample
+from xattn.structures import Box, DatasetInfo, Sample
 
 KEY_BYTES = 88
 """Longest key: a ustar name without a directory has 100, the longest suffix 11."""
@@ -282,9 +282,16 @@ def _members(sample: Sample) -> dict[str, bytes]:
     if sample.label is not None:
         members["cls"] = str(sample.label).encode()
     if sample.boxes is not None:
-        boxes = [dataclasses.asdict(box) for box in sample.boxes]
+        boxes = [_box_members(box) for box in sample.boxes]
         members["boxes.json"] = json.dumps(boxes, separators=(",", ":")).encode()
     return members
+
+
+def _box_members(box: Box) -> dict[str, Any]:
+    values = dataclasses.asdict(box)
+    if box.area is None:
+        del values["area"]
+    return values
 
 
 def _write_members(

@@ -14,6 +14,7 @@ boxes are such corners as they stand (amdegroot's evaluation) is `inclusive` to 
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,23 @@ class Objects:
 
 
 @dataclass(frozen=True, slots=True)
+class SeenImage:
+    """What a detector found in one image, and what there is.
+
+    Args:
+        key: of the image, unique among those that are scored.
+        size: (height, width), px.
+        found: "boxes" (N, 4) in pixels of the stored image, "scores" (N,), "labels" (N,).
+        objects: all that is marked.
+    """
+
+    key: str
+    size: tuple[int, int]
+    found: Mapping[str, Tensor]
+    objects: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class VocScores:
     """Average precision of each class, in [0, 1].
 
@@ -100,6 +118,45 @@ class VocScores:
         return _mean(self.ap_area)
 
 
+@dataclass(frozen=True, slots=True)
+class DetectionScores:
+    """A detector's scores by both protocols.
+
+    Args:
+        voc: at an IoU of 0.5.
+        coco: by the names in `COCO_FIGURES`; NaN where there is nothing of that size.
+        images: number of images scored.
+    """
+
+    voc: VocScores
+    coco: Mapping[str, float]
+    images: int
+
+    def metrics(self) -> dict[str, float]:
+        """Return every figure that there is, by its name."""
+        named = {"mAP_50": self.voc.map_area, "mAP_50_11": self.voc.map_11, **self.coco}
+        return {name: value for name, value in named.items() if not math.isnan(value)}
+
+
+def detection_scores(images: Sequence[SeenImage], num_classes: int) -> DetectionScores:
+    """Score a detector on a set of images by the protocols of VOC and of COCO.
+
+    The order of the images does not count. To VOC's rules a crowd is a difficult object; COCO's
+    know no difficult ones, which have to be found as others.
+
+    Raises:
+        DataError: no image has an object that is to be found.
+    """
+    images = sorted(images, key=lambda image: image.key)
+    found = found_in([image.found for image in images])
+    voc = voc_scores(found, objects_in([image.objects for image in images]), num_classes)
+    if not voc.objects.any():
+        raise DataError(f"none of {len(images)} images has an object to be found")
+    rows = coco_results(found, range(len(images)), range(num_classes))
+    coco = coco_scores(coco_truth(images, num_classes), rows)
+    return DetectionScores(voc, coco, len(images))
+
+
 def _mean(values: Floats) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
@@ -123,14 +180,17 @@ def _column(parts: Sequence[Tensor]) -> Floats:
 
 
 def objects_in(boxes: Iterable[Sequence[Box]], first: int = 0) -> Objects:
-    """Gather the objects of images, a sequence each, which are numbered from `first`."""
+    """Gather the objects of images, a sequence each, which are numbered from `first`.
+
+    A crowd counts as difficult: it need not be found, and its members are not false.
+    """
     rows = [(image, box) for image, own in enumerate(boxes, first) for box in own]
     corners = [(box.x1, box.y1, box.x2, box.y2) for _, box in rows]
     return Objects(
         images=np.array([image for image, _ in rows], dtype=np.int64),
         labels=np.array([box.class_id for _, box in rows], dtype=np.int64),
         boxes=np.array(corners, dtype=np.float64).reshape(-1, 4),
-        difficult=np.array([box.difficult for _, box in rows], dtype=np.bool_),
+        difficult=np.array([box.difficult or box.crowd for _, box in rows], dtype=np.bool_),
     )
 
 
@@ -286,6 +346,29 @@ def coco_results(
         }
         for image, label, box, score in columns
     ]
+
+
+def coco_truth(images: Sequence[SeenImage], num_classes: int) -> dict[str, Any]:
+    """Return what an instances file of COCO holds, numbering images and classes from 0."""
+    annotations = [
+        {
+            "image_id": number,
+            "category_id": box.class_id,
+            "bbox": [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1],
+            "area": box.area or (box.x2 - box.x1) * (box.y2 - box.y1),
+            "iscrowd": int(box.crowd),
+        }
+        for number, image in enumerate(images)
+        for box in image.objects
+    ]
+    return {
+        "images": [
+            {"id": number, "height": image.size[0], "width": image.size[1]}
+            for number, image in enumerate(images)
+        ],
+        "categories": [{"id": class_id} for class_id in range(num_classes)],
+        "annotations": [{"id": n, **row} for n, row in enumerate(annotations, start=1)],
+    }
 
 
 def coco_scores(

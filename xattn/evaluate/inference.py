@@ -24,13 +24,14 @@ from torch.nn import functional as F
 from xattn.data.pixels import Positive, Size
 from xattn.data.transforms import SegmentationEval
 from xattn.evaluate.boundary import BoundaryConfig
+from xattn.evaluate.detection import DetectionScores, SeenImage, detection_scores
 from xattn.evaluate.segmentation import (
     SegmentationMeter,
     SegmentationScores,
     SumOverRanks,
     confusion_matrix,
 )
-from xattn.structures import Batch, Recipe
+from xattn.structures import Batch, Recipe, Task
 
 
 class ProtocolConfig(BaseModel):
@@ -317,15 +318,79 @@ def score_classification(
     return ClassificationScores(sum_over_ranks(confusion).cpu(), int(sum_over_ranks(in_top5)))
 
 
-def headline(scores: SegmentationScores | ClassificationScores) -> tuple[str, float]:
-    """Return the name and value of the one number by which runs of a task are compared."""
-    if isinstance(scores, SegmentationScores):
-        return "mIoU", scores.mean_iou
-    return "top1", scores.top1
+@torch.inference_mode()
+def score_detection(
+    recipe: Recipe,
+    batches: Iterable[Batch],
+    num_classes: int,
+    device: torch.device,
+    gather_over_ranks: Callable[[list[SeenImage]], list[list[SeenImage]]],
+    on_batch: Callable[[Batch, list[SeenImage]], None] = lambda _batch, _seen: None,
+) -> DetectionScores:
+    """Score a detector on the images of all ranks; these must have different keys.
+
+    Args:
+        recipe: its model is put into eval mode and left there.
+        batches: this rank's.
+        num_classes: K.
+        device: where the model is.
+        gather_over_ranks: returns the lists of all ranks.
+        on_batch: called with each batch and what was found in its images.
+
+    Raises:
+        DataError: no image has an object that is to be found.
+    """
+    recipe.model.eval()
+    seen: list[SeenImage] = []
+    for batch in batches:
+        found = detect(recipe, batch.images.to(device), batch.sizes)
+        own = [
+            SeenImage(*row)
+            for row in zip(batch.keys, batch.sizes, found, batch.objects, strict=True)
+        ]
+        on_batch(batch, own)
+        seen += own
+    return detection_scores(
+        [image for part in gather_over_ranks(seen) for image in part], num_classes
+    )
 
 
-def metrics_of(scores: SegmentationScores | ClassificationScores) -> Mapping[str, float]:
+def detect(recipe: Recipe, images: Tensor, sizes: Sequence[Size]) -> list[dict[str, Tensor]]:
+    """Return what a detector finds in each image, on the CPU.
+
+    Args:
+        recipe: its model is in eval mode.
+        images: (B, 3, H, W) float32, normalised, on the model's device.
+        sizes: the B (height, width) in whose pixels the boxes are to be.
+
+    Returns:
+        "boxes" (N, 4) xyxy, "scores" (N,) descending, "labels" (N,).
+    """
+    # In fractions of the image, since images of all sizes share a batch.
+    decoded = recipe.decode(recipe.model(images), (1, 1))
+    return [
+        {
+            **{name: value.cpu() for name, value in found.items()},
+            "boxes": found["boxes"].cpu() * torch.tensor([width, height, width, height]),
+        }
+        for found, (height, width) in zip(decoded, sizes, strict=True)
+    ]
+
+
+HEADLINE: Mapping[Task, str] = {
+    "segmentation": "mIoU",
+    "classification": "top1",
+    "detection": "mAP_50",
+}
+"""The metric by which runs of a task are compared."""
+
+Scores = SegmentationScores | ClassificationScores | DetectionScores
+
+
+def metrics_of(scores: Scores) -> Mapping[str, float]:
     """Return every scalar of the scores by its name; those of a crop end with its size."""
+    if isinstance(scores, DetectionScores):
+        return scores.metrics()
     if isinstance(scores, ClassificationScores):
         return {"top1": scores.top1, "top5": scores.top5}
     named = {

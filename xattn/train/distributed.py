@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from xattn.errors import CapacityError, ConfigError
+
+T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)
 _CPU = torch.device("cpu")
@@ -106,6 +108,15 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Return the mean of a floating-point `value` over all ranks, without gradient."""
     return sum_over_ranks(value) / dist.get_world_size() if _is_distributed() else value
+
+
+def gather_over_ranks(value: T) -> list[T]:
+    """Return the picklable `value` of every rank, by rank."""
+    if not _is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def wait_for_all() -> None:

@@ -1,8 +1,9 @@
-"""AdamW with the papers' parameter groups, and learning rates as a pure function of the step.
+"""AdamW or SGD with the papers' parameter groups; learning rates as a pure function of the step.
 
 Sources: SegFormer and HILA's configuration files: parameters whose name contains "norm" are not
 decayed, those whose name contains "head" learn ten times as fast, poly schedule with a linear
-warm-up. PVT's ImageNet recipe: nothing one-dimensional is decayed, cosine schedule.
+warm-up. PVT's ImageNet recipe: nothing one-dimensional is decayed, cosine schedule. SSD's and
+CFSAM's: SGD with momentum, a rate that falls to a tenth at milestones.
 
 A learning rate that is computed from the step needs no state in the checkpoint.
 """
@@ -14,19 +15,24 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+_FALL = 0.1
 _Moment = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(BaseModel):
-    """AdamW and its schedule.
+    """An optimiser and its schedule.
 
     Args:
+        optimizer: "adamw" or "sgd".
         lr: peak learning rate of the backbone.
-        weight_decay: decoupled decay.
+        weight_decay: of AdamW decoupled, of SGD added to the gradient.
         betas: decay rates of AdamW's moments.
-        schedule: "poly" (power 1 is a straight line) or "cosine", down to `min_lr`.
+        momentum: of SGD.
+        schedule: "poly" (power 1 is a straight line) or "cosine", down to `min_lr`; or "step".
         power: exponent of the poly schedule.
         min_lr: learning rate at the last step, for a multiplier of one.
+        milestones: steps of the schedule "step", at each of which the rate falls to a tenth; those
+            at or beyond the last step never come.
         warmup_steps: steps of linear warm-up, which multiplies the schedule.
         warmup_start: the factor at step 0.
         update_every_steps: the rate changes after so many steps; 1 is every step, as in
@@ -38,12 +44,15 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[_Moment, _Moment] = (0.9, 0.999)
-    schedule: Literal["poly", "cosine"] = "poly"
+    momentum: _Moment = 0.9
+    schedule: Literal["poly", "cosine", "step"] = "poly"
     power: float = Field(default=1.0, gt=0)
     min_lr: float = Field(default=0.0, ge=0)
+    milestones: tuple[Annotated[int, Field(gt=0)], ...] = ()
     warmup_steps: int = Field(default=0, ge=0)
     warmup_start: float = Field(default=1e-6, ge=0, le=1)
     update_every_steps: int = Field(default=1, gt=0)
@@ -58,6 +67,8 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     progress = min(step / max(total_steps, 1), 1.0)
     if config.schedule == "poly":
         factor = float((1.0 - progress) ** config.power)
+    elif config.schedule == "step":
+        factor = _FALL ** sum(step >= milestone for milestone in config.milestones)
     else:
         factor = 0.5 * (1.0 + math.cos(math.pi * progress))
     lr = config.min_lr + (config.lr - config.min_lr) * factor
@@ -66,8 +77,8 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     return lr
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW over every trainable parameter, in at most four groups.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimiser over every trainable parameter, in at most four groups.
 
     Each group carries `multiplier`, by which `apply_lr` scales the scheduled rate.
 
@@ -90,6 +101,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         for (is_head, is_decayed), parameters in groups.items()
     ]
     is_cuda = next(model.parameters()).is_cuda
+    if config.optimizer == "sgd":
+        momentum = config.momentum
+        return torch.optim.SGD(param_groups, lr=config.lr, momentum=momentum, fused=is_cuda)
     return torch.optim.AdamW(param_groups, lr=config.lr, betas=config.betas, fused=is_cuda)
 
 

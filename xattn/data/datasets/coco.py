@@ -249,6 +249,7 @@ def _read_boxes(
             image, category = int(record["image_id"]), int(record["category_id"])
             x, y, width, height = (float(value) for value in record["bbox"])
             crowd = bool(record.get("iscrowd", 0))
+            area = float(record["area"]) if "area" in record else None
         except _BAD_RECORD as error:
             raise DataError(
                 f"{where}: expected id, image_id, category_id and bbox [x, y, width, height]"
@@ -267,7 +268,8 @@ def _read_boxes(
             )
             continue
         corners = _clip(where, (x, y, x + width, y + height), sizes[image])
-        boxes.setdefault(image, []).append(Box(class_ids[category], *corners, crowd=crowd))
+        box = Box(class_ids[category], *corners, crowd=crowd, area=area)
+        boxes.setdefault(image, []).append(box)
     if without_area and degenerate == "fail":
         others = f" and {len(without_area) - 10} more" if len(without_area) > 10 else ""
         raise DataError(

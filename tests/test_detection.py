@@ -1,0 +1,243 @@
+"""Detectors through the pipeline: boxes in batches, training on two ranks, scores and pictures."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipelines.evaluate import evaluate
+from pipelines.finetune import finetune
+from pipelines.predict import predict_images
+from pipelines.shard import shard
+from tests.conftest import small_params, write_params
+from tests.test_shards import write_samples
+from tests.test_training import run_ranks
+from xattn.config import load_config
+from xattn.data.augment_detection import DetectionAugment, DetectionEval
+from xattn.data.index import ShardIndex
+from xattn.data.loader import build_eval_loader, build_train_loader
+from xattn.errors import ConfigError, DamageError, DataError
+from xattn.evaluate.detection import SeenImage, detection_scores
+from xattn.experiment import plan_job, run_training
+from xattn.structures import Box, BoxTarget, DatasetInfo, Sample
+from xattn.train.history import read_history
+
+INFO = DatasetInfo(
+    name="tiny",
+    tasks=("detection",),
+    class_names=("disc", "bar"),
+    palette=((200, 0, 0), (0, 0, 200)),
+    splits=("train", "val"),
+    ignore_ids=(),
+    licence="none",
+    url="",
+    citation="none",
+    layout="none",
+)
+STILL = DetectionAugment(size=40, photometric=False, zoom_out=0.0, min_ious=(), flip=0.0)
+
+
+def jpeg(height: int, width: int) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), 99, np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+SAMPLES = [
+    Sample("a", jpeg(20, 40), "jpg", "raw", boxes=(Box(0, 4, 5, 12, 15), Box(1, 0, 0, 40, 20))),
+    Sample(
+        "b",
+        jpeg(30, 10),
+        "jpg",
+        "raw",
+        boxes=(
+            Box(1, 1, 1, 9, 9, difficult=True),
+            Box(0, 2, 3, 4, 9, area=7.5),
+            Box(0, 0, 0, 10, 30, crowd=True),
+        ),
+    ),
+    Sample("c", jpeg(40, 40), "jpg", "raw", boxes=()),
+]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    return write_samples(tmp_path / "boxes", INFO, {"train": SAMPLES, "val": SAMPLES})
+
+
+def test_batches_of_boxes_are_padded_and_leave_out_what_is_not_learnt(index: ShardIndex) -> None:
+    loader = build_train_loader(index, "train", "detection", STILL, seed=1, global_batch=3, steps=1)
+    (batch,) = loader
+    assert isinstance(batch.target, BoxTarget)
+    assert batch.images.shape == (3, 3, 40, 40)
+    assert batch.target.boxes.shape == (3, 2, 4)
+    order = [batch.keys.index(key) for key in "abc"]
+    assert batch.target.labels[order].tolist() == [[0, 1], [0, -1], [-1, -1]]
+    expected = [[4.0, 10, 12, 30], [0, 0, 40, 40], [8, 4, 16, 12]]
+    found = batch.target.boxes[order][[0, 0, 1], [0, 1, 0]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert [batch.objects[row] for row in order] == [sample.boxes for sample in SAMPLES]
+    moved = batch.to("cpu", channels_last=True)
+    assert isinstance(moved.target, BoxTarget)
+    assert moved.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_batch_without_any_object(tmp_path: Path) -> None:
+    index = write_samples(tmp_path / "none", INFO, {"train": [SAMPLES[2]]})
+    loader = build_train_loader(index, "train", "detection", STILL, seed=1, global_batch=1, steps=1)
+    (batch,) = loader
+    assert batch.target.boxes.shape == (1, 0, 4)
+    assert batch.target.labels.shape == (1, 0)
+
+
+def test_images_of_all_sizes_share_a_batch_of_evaluation(index: ShardIndex) -> None:
+    loader = build_eval_loader(index, "val", "detection", DetectionEval(size=20), batch=8)
+    (batch,) = loader
+    assert batch.keys == ("a", "b", "c")
+    assert batch.sizes == ((20, 40), (30, 10), (40, 40))
+    torch.testing.assert_close(batch.target.boxes[0, 0], torch.tensor([2.0, 5, 6, 15]))
+
+
+def test_boxes_of_another_form_are_damage(index: ShardIndex, monkeypatch: Any) -> None:
+    monkeypatch.setattr("xattn.data.loader.json.loads", lambda _data: [{"x": 1}])
+    loader = build_eval_loader(index, "val", "detection", DetectionEval(size=20), batch=1)
+    with pytest.raises(DamageError, match=r"key a: cannot be decoded: .*'x'"):
+        next(iter(loader))
+
+
+def seen(key: str, boxes: list[list[float]], objects: tuple[Box, ...]) -> SeenImage:
+    found = {
+        "boxes": torch.tensor(boxes).view(-1, 4),
+        "scores": torch.linspace(0.9, 0.5, len(boxes)),
+        "labels": torch.zeros(len(boxes), dtype=torch.int64),
+    }
+    return SeenImage(key, (100, 100), found, objects)
+
+
+def test_scores_of_a_hand_worked_set() -> None:
+    images = [
+        seen("a", [[0, 0, 10, 10], [50, 50, 60, 60]], (Box(0, 0, 0, 10, 10, area=5000.0),)),
+        seen("b", [], (Box(0, 0, 0, 10, 10), Box(0, 20, 20, 30, 30, crowd=True))),
+        seen("c", [[20, 20, 30, 30]], (Box(0, 20, 20, 30, 30, difficult=True),)),
+    ]
+    scores = detection_scores(images, 2)
+    assert scores.images == 3
+    assert scores.voc.objects.tolist() == [2, 0], "neither difficult nor crowd are to be found"
+    metrics = scores.metrics()
+    assert metrics["mAP_50"] == pytest.approx(0.5), "one of two, first of all"
+    assert metrics["mAP_50_11"] == pytest.approx(6 / 11)
+    # To COCO the difficult one is an object, and found; by its stated area the first is not small.
+    assert metrics["AP50"] == pytest.approx(67 / 101, abs=0.01)
+    assert metrics["AP_medium"] == pytest.approx(1.0)
+    assert "AP_large" not in metrics, "there is nothing large"
+    assert detection_scores(images[::-1], 2).metrics() == metrics
+
+
+def test_a_split_without_objects_has_no_score() -> None:
+    with pytest.raises(DataError, match="none of 1 images has an object to be found"):
+        detection_scores([seen("a", [[0, 0, 9, 9]], ())], 1)
+
+
+def detection_params(model: str = "ssd300") -> dict[str, Any]:
+    params = small_params()
+    settings = {"task": "detection", "image_size": [64, 96], "train": 12, "val": 5, "test": 4}
+    params["datasets"]["objects"] = {
+        "reader": "synthetic",
+        "root": "data/raw/objects",
+        "settings": {**settings, "seed": 3},
+    }
+    fit = {**params["finetune"]["fit"], "steps": 4, "clip_norm": 10.0}
+    params["finetune"] = {
+        "task": "detection",
+        "augment": {"size": 300},
+        "fit": fit,
+        "optim": {"optimizer": "sgd", "lr": 1e-3, "schedule": "step", "milestones": [3]},
+        "validate_on": {"split": "val", "batch": 2, "every_steps": 2, "transform": {"size": 300}},
+    }
+    run = {"model": model, "dataset": "objects", "overrides": {"width": 8}}
+    params["runs"] = {"detector": {**params["runs"]["segmenter"], **run}}
+    return params
+
+
+@pytest.fixture
+def detecting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a project folder with drawn objects and a small detector, as working folder."""
+    write_params(tmp_path, detection_params())
+    monkeypatch.chdir(tmp_path)
+    shard("objects", tmp_path)
+    return tmp_path
+
+
+def test_a_detector_is_trained_scored_and_shown(detecting: Path) -> None:
+    out = finetune("detector", detecting)
+    card = json.loads((out / "model.json").read_text())
+    assert card["task"] == "detection"
+    assert card["macs_input"] == [3, 300, 300]
+    trained = json.loads((out / "metrics.json").read_text())
+    assert trained["metric_name"] == "mAP_50"
+    curve = list(csv.DictReader((out / "curve.csv").open()))
+    assert {"loss_boxes", "loss_classes"} <= curve[0].keys()
+    assert [float(row["lr"]) for row in curve] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4])
+
+    metrics = evaluate("detector", detecting)
+    assert metrics["images"] == 4
+    assert {"mAP_50", "mAP_50_11", "AP", "AP50"} <= metrics.keys()
+    assert all(0 <= metrics[name] <= 1 for name in ("mAP_50", "mAP_50_11", "AP"))
+    folder = detecting / "results/evaluate/detector"
+    rows = list(csv.DictReader((folder / "per_class.csv").open()))
+    objects = sum(
+        len(batch.objects[0])
+        for batch in build_eval_loader(
+            ShardIndex.open(detecting / "data/shards/objects"), "test", "detection", None, batch=1
+        )
+    )
+    assert sum(int(row["objects"]) for row in rows) == objects > 0
+    found = sorted(path.name for path in (folder / "pictures").iterdir())
+    assert len(found) == 6, "two pictures"
+    truth = json.loads((folder / "pictures" / found[2]).read_text())
+    assert truth[0].keys() == {"class_id", "box", "difficult", "crowd"}
+
+    images = detecting / "data/raw/objects/JPEGImages"
+    assert predict_images(out, images / "test_000000.jpg", detecting / "seen", "cpu") == 1
+    with Image.open(detecting / "seen/test_000000.png") as picture:
+        assert picture.width >= 96
+
+
+def test_two_ranks_detect_as_one(detecting: Path) -> None:
+    config = load_config(detecting / "params.yaml")
+    alone = run_training(config, "finetune", "detector", detecting, lambda _progress: None)
+    expected = read_history(alone.run_dir / "history.jsonl")
+    first = load_file(alone.final_dir / "model.safetensors")
+    alone.run_dir.rename(detecting / "alone")
+    run_ranks(detecting, "detector", world=2)
+    together = read_history(alone.run_dir / "history.jsonl")
+    second = load_file(alone.final_dir / "model.safetensors")
+    for name in ("loss", "loss_boxes", "loss_classes"):
+        one, two = ([row[name] for row in rows if name in row] for rows in (expected, together))
+        assert two == pytest.approx(one, abs=1e-5)
+    one, two = (
+        [row["val_metric"] for row in rows if "val_metric" in row] for rows in (expected, together)
+    )
+    assert len(one) == 2
+    assert two == pytest.approx(one, abs=1e-6)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_segmenters_are_no_detectors(detecting: Path) -> None:
+    config = load_config(write_params(detecting, detection_params("segformer_b0")))
+    message = r"runs\.detector\.model: found 'segformer_b0', expected a model for detection"
+    with pytest.raises(ConfigError, match=message):
+        plan_job(config, "finetune", "detector", detecting)
+    params = detection_params()
+    params["finetune"]["task"] = "detecton"
+    with pytest.raises(ConfigError, match=r"task: expected segmentation or detection, found 'dete"):
+        load_config(write_params(detecting, params))
