@@ -102,16 +102,16 @@ def draw_overlay(
             f"the mask is {mask.shape[0]} x {mask.shape[1]} pixels, its image "
             f"{image.shape[0]} x {image.shape[1]}; resize the mask to the image"
         )
-    factor = _enlargement(image)
+    factor = enlargement(image)
     big_mask = np.repeat(np.repeat(mask, factor, axis=0), factor, axis=1)
-    picture = Image.fromarray(_blend(_enlarge(image, factor), big_mask, palette, alpha))
+    picture = Image.fromarray(_blend(enlarge(image, factor), big_mask, palette, alpha))
     if not legend:
         return picture
     lines = [
         (class_names[i], f"{100 * part:.1f} %", tuple(palette[i]))
         for i, part in areas(mask, len(class_names))
     ]
-    return _with_legend(picture, lines)
+    return with_legend(picture, lines)
 
 
 def draw_label(image: Picture, labels: Sequence[tuple[str, float]]) -> Image.Image:
@@ -121,14 +121,14 @@ def draw_label(image: Picture, labels: Sequence[tuple[str, float]]) -> Image.Ima
         image: (H, W, 3) uint8.
         labels: (class name, probability in [0, 1]), in the order to draw.
     """
-    picture = Image.fromarray(_enlarge(image, _enlargement(image)))
+    picture = Image.fromarray(enlarge(image, enlargement(image)))
     width = picture.width
     canvas = _extended(picture, len(labels) * _LINE_PX + 2 * _MARGIN_PX)
     draw = ImageDraw.Draw(canvas)
     bar_left, bar_right = width // 2, width - _MARGIN_PX - 64
     for row, (name, probability) in enumerate(labels):
         top = picture.height + _MARGIN_PX + row * _LINE_PX
-        text = _shortened(name, bar_left - 2 * _MARGIN_PX)
+        text = shortened(name, bar_left - 2 * _MARGIN_PX)
         draw.text((_MARGIN_PX, top), text, fill=INK, font=font())
         filled = bar_left + round((bar_right - bar_left) * min(max(probability, 0.0), 1.0))
         draw.rectangle((bar_left, top + 4, bar_right, top + 13), fill=_TRACK)
@@ -164,12 +164,12 @@ def _blend(
     return blended
 
 
-def _enlargement(image: Picture) -> int:
+def enlargement(image: Picture) -> int:
     """Return the whole factor that makes a picture wide enough for its legend."""
     return max(1, math.ceil(_MIN_WIDTH_PX / int(image.shape[1])))
 
 
-def _enlarge(image: Picture, factor: int) -> Picture:
+def enlarge(image: Picture, factor: int) -> Picture:
     """Return (H * factor, W * factor, 3), interpolated."""
     if factor == 1:
         return image
@@ -184,10 +184,10 @@ def _extended(picture: Image.Image, height: int) -> Image.Image:
     return canvas
 
 
-def _with_legend(
+def with_legend(
     picture: Image.Image, lines: Sequence[tuple[str, str, tuple[int, ...]]]
 ) -> Image.Image:
-    """Add (name, share, colour) lines in columns, read from top to bottom."""
+    """Add (name, share, colour) lines below, in columns that are read from top to bottom."""
     longest = max((font().getlength(name) for name, _, _ in lines), default=0)
     column = math.ceil(min(longest, _LONGEST_NAME_PX)) + _BESIDE_NAME_PX
     columns = max(1, (picture.width - _MARGIN_PX) // column)
@@ -202,7 +202,7 @@ def _with_legend(
         draw.rectangle(box, fill=colour, outline=QUIET)
         text_left, right = left + _SWATCH_PX + 8, left + pitch - _MARGIN_PX
         room = right - text_left - _SHARE_PX
-        draw.text((text_left, top), _shortened(name, room), fill=INK, font=font())
+        draw.text((text_left, top), shortened(name, room), fill=INK, font=font())
         draw.text((right, top), share, fill=QUIET, font=font(), anchor="ra")
     return canvas
 
@@ -215,7 +215,7 @@ def font() -> ImageFont.FreeTypeFont:
 
 
 @lru_cache(maxsize=4096)
-def _shortened(text: str, room_px: int) -> str:
+def shortened(text: str, room_px: int) -> str:
     """Return `text`, cut and ended by dots when it is wider than `room_px`."""
     if font().getlength(text) <= room_px:
         return text
