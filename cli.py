@@ -294,12 +294,19 @@ def train(name: Name) -> None:
 
 
 @app.command()
-def evaluate(name: Name, as_json: AsJson = False) -> None:
+def evaluate(
+    name: Name,
+    detections: Annotated[
+        Path | None,
+        typer.Option(help="Folder for what a detector found, in COCO's and VOC's files."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Score a trained run by the protocol of params.yaml."""
     from pipelines.evaluate import evaluate as evaluate_run
     from pipelines.evaluate import headline
 
-    metrics = evaluate_run(name, Path.cwd())
+    metrics = evaluate_run(name, Path.cwd(), detections=detections)
     if as_json:
         _print_json(metrics)
     else:

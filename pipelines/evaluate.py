@@ -15,13 +15,16 @@ from xattn.scoring import evaluate_model
 from xattn.storage import read_json
 
 
-def evaluate(run: str, base: Path, stage: str | None = None) -> dict[str, Any]:
+def evaluate(
+    run: str, base: Path, stage: str | None = None, detections: Path | None = None
+) -> dict[str, Any]:
     """Score a trained run of params.yaml on its own data set.
 
     Args:
         run: its name.
         base: the project's folder.
         stage: the stage that trained it; None takes whichever did.
+        detections: folder for what a detector found, in COCO's and VOC's files.
 
     Returns:
         What its metrics.json holds.
@@ -31,9 +34,8 @@ def evaluate(run: str, base: Path, stage: str | None = None) -> dict[str, Any]:
     model_dir = find_model_dir(base, run, [stage] if stage else STAGES)
     shards = shards_dir(base, read_json(model_dir / "model.json")["dataset"])
     with progress_bar(f"evaluate {run}", "img") as show:
-        return evaluate_model(
-            model_dir, shards, config.evaluate, results_dir(base, "evaluate", run), show
-        )
+        out = results_dir(base, "evaluate", run)
+        return evaluate_model(model_dir, shards, config.evaluate, out, show, detections)
 
 
 def headline(metrics: dict[str, Any]) -> str:

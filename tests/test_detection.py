@@ -1,6 +1,7 @@
 """Detectors through the pipeline: boxes in batches, training on two ranks, scores and pictures."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from pipelines.finetune import finetune
 from pipelines.predict import predict_images
 from pipelines.shard import shard
 from tests.conftest import small_params, write_params
-from tests.test_shards import write_samples
+from tests.raw_files import write_samples
 from tests.test_training import run_ranks
 from xattn.config import load_config
 from xattn.data.augment_detection import DetectionAugment, DetectionEval
 from xattn.data.index import ShardIndex
 from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.errors import ConfigError, DamageError, DataError
-from xattn.evaluate.detection import SeenImage, detection_scores
+from xattn.evaluate.detection import SeenImage, coco_scores, detection_scores
 from xattn.experiment import plan_job, run_training
 from xattn.structures import Box, BoxTarget, DatasetInfo, Sample
 from xattn.train.history import read_history
@@ -44,8 +45,6 @@ STILL = DetectionAugment(size=40, photometric=False, zoom_out=0.0, min_ious=(), 
 
 
 def jpeg(height: int, width: int) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     Image.fromarray(np.full((height, width, 3), 99, np.uint8)).save(buffer, "JPEG")
     return buffer.getvalue()
@@ -183,16 +182,22 @@ def test_a_detector_is_trained_scored_and_shown(detecting: Path) -> None:
     assert card["macs_input"] == [3, 300, 300]
     trained = json.loads((out / "metrics.json").read_text())
     assert trained["metric_name"] == "mAP_50"
-    curve = list(csv.DictReader((out / "curve.csv").open()))
+    curve = list(csv.DictReader((out / "curve.csv").read_text().splitlines()))
     assert {"loss_boxes", "loss_classes"} <= curve[0].keys()
     assert [float(row["lr"]) for row in curve] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4])
 
-    metrics = evaluate("detector", detecting)
+    metrics = evaluate("detector", detecting, detections=detecting / "found")
     assert metrics["images"] == 4
+    again = coco_scores(
+        detecting / "found/truth.json", json.loads((detecting / "found/results.json").read_text())
+    )
+    assert again["AP50"] == pytest.approx(metrics["AP50"], abs=1e-6)
+    names = sorted(path.name for path in (detecting / "found").glob("comp4_det_test_*.txt"))
+    assert names == sorted(f"comp4_det_test_{name}.txt" for name in card["class_names"])
     assert {"mAP_50", "mAP_50_11", "AP", "AP50"} <= metrics.keys()
     assert all(0 <= metrics[name] <= 1 for name in ("mAP_50", "mAP_50_11", "AP"))
     folder = detecting / "results/evaluate/detector"
-    rows = list(csv.DictReader((folder / "per_class.csv").open()))
+    rows = list(csv.DictReader((folder / "per_class.csv").read_text().splitlines()))
     objects = sum(
         len(batch.objects[0])
         for batch in build_eval_loader(
@@ -227,6 +232,7 @@ def test_two_ranks_detect_as_one(detecting: Path) -> None:
         [row["val_metric"] for row in rows if "val_metric" in row] for rows in (expected, together)
     )
     assert len(one) == 2
+    print(one, two)
     assert two == pytest.approx(one, abs=1e-6)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)

@@ -6,6 +6,7 @@ changed, every other number stays the preset's.
 """
 
 import csv
+import json
 import math
 import re
 from collections.abc import Callable
@@ -29,8 +30,11 @@ from tests.test_segvit import TINY
 from xattn.config import Config, RunConfig, list_presets, load_config, preset_path, read_yaml
 from xattn.data.datasets.cityscapes import CLASSES
 from xattn.data.datasets.cityscapes import MASK_END as CITY_MASK
+from xattn.data.datasets.coco import CATEGORY_IDS
+from xattn.data.datasets.coco import CLASSES as COCO_CLASSES
 from xattn.errors import XattnError
 from xattn.evaluate.cost import ShapesOnly
+from xattn.evaluate.inference import HEADLINE
 from xattn.experiment import SCRATCH, Stage
 from xattn.models.weights import load_weights, save_weights
 from xattn.models.zoo import create_model, model_card
@@ -488,6 +492,54 @@ VIT_B, VIT_L = (
 )
 
 
+SSD = {  # spec CFSAM 2.5
+    "finetune.task": "detection",
+    "finetune.augment.size": 300,
+    "finetune.augment.min_ious": (0.0, 0.1, 0.3, 0.7, 0.9),
+    "finetune.augment.max_zoom": 4.0,
+    "finetune.augment.zoom_out": 0.5,
+    "finetune.augment.swap_channels": 0.5,
+    "finetune.loss": {"negatives": 3},
+    "finetune.optim.optimizer": "sgd",
+    "finetune.optim.lr": 1e-3,
+    "finetune.optim.momentum": 0.9,
+    "finetune.optim.weight_decay": 5e-4,
+    "finetune.optim.no_decay": (),
+    "finetune.optim.decay_vectors": True,
+    "finetune.optim.head_lr_multiplier": 1.0,
+    "finetune.optim.schedule": "step",
+}
+VOC_EPOCH, COCO_EPOCH = -(-16_551 // 48), -(-82_783 // 16)  # steps, the last batch kept
+
+
+@pytest.mark.parametrize(
+    ("preset", "epoch", "batch", "epochs", "fall_at"),
+    [
+        ("cfsam-voc", VOC_EPOCH, 48, 260, (130, 220)),
+        ("cfsam-coco", COCO_EPOCH, 16, 120, (60, 101)),
+    ],
+)
+def test_recipes_of_cfsam(
+    preset: str, epoch: int, batch: int, epochs: int, fall_at: tuple[int, int]
+) -> None:
+    config = load_config(preset_path(preset))
+    for key, expected in SSD.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert value == expected, key
+    fit, optim = config.finetune.fit, config.finetune.optim
+    assert (fit.global_batch, fit.steps) == (batch, epochs * epoch)
+    rates = [lr_at(n * epoch, fit.steps, optim) for n in (1, fall_at[0] - 1, *fall_at, epochs - 1)]
+    # The warm-up is over within two epochs; each rate holds from its epoch's first step on.
+    assert rates[1:] == pytest.approx([1e-3, 1e-4, 1e-5, 1e-5])
+    table_4 = ["ssd300", "ssd300_se", "ssd300_cfam", "ssd300_mvit", "ssd300_cfsam"]
+    assert list(config.runs)[:5] == table_4
+    assert all(spec.model == name for name, spec in config.runs.items())
+    sizes = {spec.overrides.get("box_sizes", "voc") for spec in config.runs.values()}
+    assert sizes == {"coco" if preset == "cfsam-coco" else "voc"}
+
+
 def full_and_shrunk(**overrides: Any) -> dict[str, tuple[str, str, dict[str, Any]]]:
     return {name: (name, VIT_L, overrides) for name in ("segvit_l", "segvit_shrunk_l")}
 
@@ -742,6 +794,50 @@ def make_voc(root: Path) -> None:
             write_mask(root / f"{folder}/{name}.png", blocks((96, 72), range(21), number))
 
 
+def annotate(path: Path, size: tuple[int, int], names: tuple[str, ...], number: int) -> None:
+    """Write VOC's XML with an object a name."""
+    objects = "".join(
+        f"<object><name>{name}</name><difficult>{int(place == 2)}</difficult><bndbox>"
+        f"<xmin>{5 + 20 * place}</xmin><ymin>{9 + number}</ymin><xmax>{30 + 20 * place}</xmax>"
+        f"<ymax>{50 + number}</ymax></bndbox></object>"
+        for place, name in enumerate(names)
+    )
+    sides = f"<width>{size[0]}</width><height>{size[1]}</height><depth>3</depth>"
+    write_text(path, f"<annotation><size>{sides}</size>{objects}</annotation>")
+
+
+def make_boxes(root: Path, splits: dict[str, int], names: tuple[str, ...]) -> None:
+    for split, count in splits.items():
+        listed = [f"{split}_{number}" for number in range(count)]
+        write_text(root / f"ImageSets/Main/{split}.txt", "\n".join(listed) + "\n")
+        for number, name in enumerate(listed):
+            draw(root / f"JPEGImages/{name}.jpg", (96, 72), number)
+            annotate(root / f"Annotations/{name}.xml", (96, 72), names, number)
+
+
+def make_bccd(root: Path) -> None:
+    make_boxes(root, {"train": 3, "val": 2, "test": 2}, ("RBC", "WBC", "Platelets"))
+
+
+def make_voc0712(root: Path) -> None:
+    make_boxes(root / "VOC2007", {"trainval": 2, "test": 2}, ("cat", "sofa", "car"))
+    make_boxes(root / "VOC2012", {"trainval": 2}, ("bird", "dog"))
+
+
+def make_coco(root: Path) -> None:
+    categories = [{"id": i, "name": n} for i, n in zip(CATEGORY_IDS, COCO_CLASSES, strict=True)]
+    for split, count in (("train", 3), ("val", 2)):
+        images, annotations = [], []
+        for number in range(1, count + 1):
+            name = f"COCO_{split}2014_{number:012}.jpg"
+            draw(root / f"{split}2014/{name}", (96, 72), number)
+            images.append({"id": number, "file_name": name, "width": 96, "height": 72})
+            common = {"image_id": number, "category_id": 90, "iscrowd": 0}
+            annotations.append({"id": number, "bbox": [4, 9, 40, 33.5], "area": 800.5, **common})
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        write_text(root / f"annotations/instances_{split}2014.json", json.dumps(content))
+
+
 def make_folder(root: Path) -> None:
     for split in ("train", "val", "test"):
         for name in ("glass", "paper"):
@@ -751,14 +847,17 @@ def make_folder(root: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "ade20k": make_ade20k,
+    "bccd": make_bccd,
     "camvid": make_camvid,
     "celebamask": make_celebamask,
     "cityscapes": make_cityscapes,
+    "coco": make_coco,
     "cocostuff": make_cocostuff,
     "folder": make_folder,
     "imagenet": make_imagenet,
     "pascal_context": make_pascal_context,
     "voc": make_voc,
+    "voc0712": make_voc0712,
 }
 FEW = {"train": 4, "val": 2, "test": 2, "image_size": [64, 64]}  # of drawn scenes
 FEW_SETTINGS = {"imagenet": {"classes": 3}}
@@ -798,16 +897,18 @@ def lower(stage: dict[str, Any], factor: float, batch: int) -> dict[str, Any]:
 
 def miniature(preset: str, raw: Path) -> dict[str, Any]:
     params = read_yaml(preset_path(preset))
-    for dataset in params["datasets"].values():
+    for key, dataset in params["datasets"].items():
         if dataset["reader"] == "synthetic":
             dataset["settings"] |= FEW
         else:
-            dataset["root"] = str(raw / dataset["reader"])
+            dataset["root"] = str(raw / (key if key in MAKERS else dataset["reader"]))
             dataset["settings"] = dataset.get("settings", {}) | FEW_SETTINGS.get(
                 dataset["reader"], {}
             )
     of_class = params["pretrain"]["augment"]["size"] / 32
-    of_crop = max(params["finetune"]["augment"]["crop"]) / 64
+    detects = params["finetune"].get("task") == "detection"
+    # SSD's boxes are made for one size.
+    of_crop = 1.0 if detects else max(params["finetune"]["augment"]["crop"]) / 64
     # More than the order has partitions, so that images are mixed.
     params["pretrain"] = lower(params["pretrain"], of_class, 26)
     params["finetune"] = lower(params["finetune"], of_crop, 2)
@@ -826,6 +927,8 @@ def miniature(preset: str, raw: Path) -> dict[str, Any]:
             run["init"] = SCRATCH
         if run["model"] in TINY:
             run["overrides"] = run.get("overrides", {}) | TINY[run["model"]]
+        if detects:
+            run["overrides"] = run.get("overrides", {}) | {"width": 8}
     params["cluster"] |= {"backend": "process", "workers": 1, "device": "cpu"}
     params["tracking"]["enabled"] = False
     return params
@@ -906,7 +1009,7 @@ def test_real_steps_and_the_protocol_on_tiny_data(
         assert moved > 0.95 * len(kept_keys), "a step at half the rate moves (almost) every weight"
 
     metrics = evaluate(run, tmp_path, stage)
-    wanted = {"mIoU"} if stage == "finetune" else {"top1"}
+    wanted = {HEADLINE[config.finetune.task if stage == "finetune" else "classification"]}
     if config.evaluate.multi_scale is not None:
         wanted.add("mIoU_ms")
     if config.evaluate.boundary is not None and stage == "finetune":

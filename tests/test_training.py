@@ -139,7 +139,7 @@ def run_ranks(project: Path, run: str, world: int) -> None:
         )
         for rank in range(world)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0] * world
+    assert [rank.wait(timeout=300) for rank in ranks] == [0] * world
 
 
 def test_diverging_run_stops_and_says_where(project: Path) -> None:

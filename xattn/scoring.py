@@ -20,11 +20,19 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.config import EvaluateConfig
+from xattn.data.datasets.coco import CATEGORY_IDS
 from xattn.data.index import ShardIndex, ShardReader
 from xattn.data.loader import build_eval_loader, decode_image
 from xattn.data.transforms import SegmentationEval
 from xattn.errors import ConfigError, DataError, UnknownNameError
-from xattn.evaluate.detection import DetectionScores, SeenImage
+from xattn.evaluate.detection import (
+    DetectionScores,
+    SeenImage,
+    coco_results,
+    coco_truth,
+    found_in,
+    write_voc_files,
+)
 from xattn.evaluate.hierarchy import attend_from_points, nothing_to_show
 from xattn.evaluate.inference import (
     Scores,
@@ -39,7 +47,7 @@ from xattn.malloc import keep_freed_memory
 from xattn.models.pyramid import COARSEST_STRIDE
 from xattn.predictor import Predictor, Transform, load_predictor
 from xattn.storage import read_json, refused_disk, write_atomic, write_json, write_text
-from xattn.structures import IGNORE_INDEX, Batch, Progress, Task, identity_mean
+from xattn.structures import IGNORE_INDEX, Batch, DatasetInfo, Progress, Task, identity_mean
 
 
 def evaluate_model(
@@ -48,6 +56,7 @@ def evaluate_model(
     config: EvaluateConfig,
     out: Path,
     on_progress: Callable[[Progress], None],
+    detections: Path | None = None,
 ) -> dict[str, Any]:
     """Score a model folder on a split and leave metrics, per-class scores and pictures.
 
@@ -57,17 +66,21 @@ def evaluate_model(
         config: split, protocol, device.
         out: replaced as a whole.
         on_progress: called with the number of images scored.
+        detections: folder for all that a detector found, see `write_detections`.
 
     Returns:
         What metrics.json holds.
 
     Raises:
         DataError: the shards have other classes than the model.
-        ConfigError: the list of small classes cannot be read, or names a class that is none.
+        ConfigError: the list of small classes cannot be read, or names a class that is none; or
+            `detections` of a model that is no detector.
     """
     index = ShardIndex.open(shards)
     card = read_json(model_dir / "model.json")
     task: Task = card["task"]
+    if detections is not None and task != "detection":
+        raise ConfigError(f"--detections: '{card['run']}' is for {task}, not a detector")
     small_ids = _small_class_ids(config.small_classes, index.info.class_names)
     transforms: dict[Task, Transform] = {
         "segmentation": config.segmentation,
@@ -88,12 +101,15 @@ def evaluate_model(
     with refused_disk(out):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
+    seen: list[SeenImage] = []
     pictures = _Pictures(index, config, draft / "pictures")
     again = config.multi_scale if task == "segmentation" else None
     watch = _Watch(num_images * (1 if again is None else 2), on_progress)
 
     def on_batch(batch: Batch, prediction: Tensor | list[SeenImage]) -> None:
         pictures.keep(batch, prediction)
+        if detections is not None and isinstance(prediction, list):
+            seen.extend(prediction)
         watch.add(len(batch.keys))
 
     scores = _score(predictor, index, config, on_batch)
@@ -117,7 +133,36 @@ def evaluate_model(
     write_json(draft / "metrics.json", metrics)
     shutil.rmtree(out, ignore_errors=True)
     draft.rename(out)
+    if detections is not None:
+        write_detections(detections, seen, index.info, config.split)
     return metrics
+
+
+def write_detections(
+    folder: Path, images: Sequence[SeenImage], info: DatasetInfo, split: str
+) -> None:
+    """Write what a detector found for the tools of COCO and of VOC.
+
+    results.json is a COCO results file, truth.json the instances file that it belongs to; of the
+    data set coco itself they have COCO's own ids, others number images and classes from 1.
+    comp4_det_SPLIT_CLASS.txt are VOC's.
+
+    Args:
+        folder: is made if need be.
+        images: of the whole split.
+        info: the data set.
+        split: its name.
+    """
+    is_coco = info.name == "coco"
+    categories = CATEGORY_IDS if is_coco else range(1, info.num_classes + 1)
+    numbers = [
+        int(image.key.rsplit("_", 1)[-1]) if is_coco else n for n, image in enumerate(images, 1)
+    ]
+    found = found_in([image.found for image in images])
+    truth = coco_truth(images, numbers, dict(zip(categories, info.class_names, strict=True)))
+    write_json(folder / "truth.json", truth)
+    write_json(folder / "results.json", coco_results(found, numbers, list(categories)))
+    write_voc_files(folder, found, [image.key for image in images], info.class_names, split)
 
 
 def per_class_csv(scores: Scores, class_names: tuple[str, ...]) -> str:

@@ -152,8 +152,9 @@ def detection_scores(images: Sequence[SeenImage], num_classes: int) -> Detection
     voc = voc_scores(found, objects_in([image.objects for image in images]), num_classes)
     if not voc.objects.any():
         raise DataError(f"none of {len(images)} images has an object to be found")
-    rows = coco_results(found, range(len(images)), range(num_classes))
-    coco = coco_scores(coco_truth(images, num_classes), rows)
+    numbers, classes = range(1, len(images) + 1), range(1, num_classes + 1)
+    truth = coco_truth(images, numbers, {number: str(number) for number in classes})
+    coco = coco_scores(truth, coco_results(found, numbers, classes))
     return DetectionScores(voc, coco, len(images))
 
 
@@ -348,25 +349,34 @@ def coco_results(
     ]
 
 
-def coco_truth(images: Sequence[SeenImage], num_classes: int) -> dict[str, Any]:
-    """Return what an instances file of COCO holds, numbering images and classes from 0."""
+def coco_truth(
+    images: Sequence[SeenImage], image_ids: Sequence[int], categories: Mapping[int, str]
+) -> dict[str, Any]:
+    """Return what an instances file of COCO holds for the objects of these images.
+
+    Args:
+        images: whose found boxes do not count here.
+        image_ids: one each.
+        categories: id to name, in the order of the classes.
+    """
+    category_ids = list(categories)
     annotations = [
         {
-            "image_id": number,
-            "category_id": box.class_id,
+            "image_id": image_id,
+            "category_id": category_ids[box.class_id],
             "bbox": [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1],
             "area": box.area or (box.x2 - box.x1) * (box.y2 - box.y1),
             "iscrowd": int(box.crowd),
         }
-        for number, image in enumerate(images)
+        for image_id, image in zip(image_ids, images, strict=True)
         for box in image.objects
     ]
     return {
         "images": [
-            {"id": number, "height": image.size[0], "width": image.size[1]}
-            for number, image in enumerate(images)
+            {"id": number, "file_name": image.key, "height": image.size[0], "width": image.size[1]}
+            for number, image in zip(image_ids, images, strict=True)
         ],
-        "categories": [{"id": class_id} for class_id in range(num_classes)],
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
         "annotations": [{"id": n, **row} for n, row in enumerate(annotations, start=1)],
     }
 
