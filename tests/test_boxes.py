@@ -27,7 +27,7 @@ def drawn(boxes, labels, scores=None, image=GREY, **options):
 
 
 def bare(*given, **options):
-    return drawn(*given, tags=False, legend=False, **options)
+    return drawn(*given, words=False, **options)
 
 
 def is_colour(picture, index):
@@ -74,10 +74,10 @@ CORNERS = [(0, 0, 40, 40), (460, 0, 500, 40), (0, 460, 40, 500), (460, 460, 500,
 
 @pytest.mark.parametrize("box", [*CORNERS, (0, 0, 500, 500), (0, 484, 500, 500)])
 def test_tags_stay_whole_and_inside(box):
-    with_tag = drawn([box], [1], [0.5], legend=False)
+    with_tag = drawn([box], [1], [0.5])[:SIDE]
     assert with_tag.shape == GREY.shape
     filled = is_colour(with_tag, 1) & ~is_colour(bare([box], [1], [0.5]), 1)
-    middle = drawn([(200, 200, 300, 300)], [1], [0.5], legend=False)
+    middle = drawn([(200, 200, 300, 300)], [1], [0.5])[:SIDE]
     whole = is_colour(middle, 1) & ~is_colour(bare([(200, 200, 300, 300)], [1], [0.5]), 1)
     # Where the tag lies on the box's line, that line's pixels were coloured before.
     assert whole.sum() - 2 * (16 + 150) <= filled.sum() <= whole.sum()
@@ -85,8 +85,8 @@ def test_tags_stay_whole_and_inside(box):
 
 def test_a_tag_covers_no_other_one_and_the_best_has_its_place():
     box = [200, 200, 260, 260]
-    alone = drawn([box], [0], [0.97], legend=False)
-    crowd = drawn([box] * 30, [0] * 30, [0.97, *np.linspace(0.3, 0.9, 29)], legend=False)
+    alone = drawn([box], [0], [0.97])[:SIDE]
+    crowd = drawn([box] * 30, [0] * 30, [0.97, *np.linspace(0.3, 0.9, 29)])[:SIDE]
     tag = np.s_[184:200, 200:270]
     assert (crowd[tag] == alone[tag]).all()
     assert is_colour(alone, 0)[tag].sum() > 400
@@ -109,7 +109,7 @@ def test_the_text_of_a_tag_has_contrast_with_every_colour():
 def test_a_long_name_is_cut_and_keeps_its_score():
     boxes, labels = np.array([[200.0, 200, 300, 300]]), np.array([0])
     short, long = (
-        np.asarray(draw_boxes(GREY, boxes, labels, np.array([0.5]), [name], PALETTE, legend=False))
+        np.asarray(draw_boxes(GREY, boxes, labels, np.array([0.5]), [name], PALETTE))
         for name in ("W", "W" * 99)
     )
     widths = [np.argwhere(is_colour(picture, 0)[190])[:, 0].size for picture in (short, long)]
@@ -118,7 +118,7 @@ def test_a_long_name_is_cut_and_keeps_its_score():
 
 def test_the_legend_counts_the_boxes_of_each_class():
     boxes, labels = [[10, 10, 60, 60], [100, 10, 160, 60], [10, 100, 60, 160]], [2, 0, 2]
-    full, plain = drawn(boxes, labels), drawn(boxes, labels, legend=False)
+    full, plain = drawn(boxes, labels), drawn(boxes, labels)[:SIDE]
     assert full.shape[1] == plain.shape[1]
     assert full.shape[0] > plain.shape[0]
     assert (full[: len(plain)] == plain).all()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from xattn.errors import DataError
 from xattn.models.zoo import list_models
-from xattn.report import attention_maps, figures, overlay, page, tables
+from xattn.report import attention_maps, box_pictures, figures, overlay, page, pictures, tables
 from xattn.structures import AttentionMap, TokenAttention
 
 NAMES = ["sky", "road & <b>kerb</b>", "caf\u00e9 \u6a39 $x$"]
@@ -97,6 +97,51 @@ def add_evaluation(root, run, value, task="segmentation"):
     Image.new("RGB", (32, 24), (90, 120, 60)).save(pictures / "key-1.image.jpg")
     Image.fromarray(truth).save(pictures / "key-1.truth.png")
     Image.fromarray(prediction).save(pictures / "key-1.prediction.png")
+    return folder
+
+
+BOX = {"class_id": 0, "box": [2.0, 3.0, 12.0, 13.0]}
+TRUTH = [
+    {**BOX, "difficult": False, "crowd": False},
+    {"class_id": 1, "box": [20.0, 2.0, 30.0, 20.0], "difficult": False, "crowd": False},
+    {"class_id": 1, "box": [0.0, 14.0, 9.0, 24.0], "difficult": True, "crowd": False},
+]
+PREDICTION = [
+    {**BOX, "score": 0.9},  # right
+    {**BOX, "score": 0.8},  # a second time
+    {"class_id": 1, "box": [0.0, 14.0, 9.0, 24.0], "score": 0.7},  # difficult: counts neither way
+    {
+        "class_id": 1,
+        "box": [20.0, 2.0, 30.0, 20.0],
+        "score": 0.29,
+    },  # right, but below what is shown
+]
+
+
+def add_detector(root, run, value, model="ssd300", **figures):
+    """Write what the training and the evaluation of a detector leave."""
+    add_run(root, run, model=model, task="detection")
+    folder = root / "evaluate" / run
+    (folder / "pictures").mkdir(parents=True)
+    card = {
+        "run": run,
+        "dataset": "toy",
+        "split": "val",
+        "images": 7,
+        "protocol": {"iou": 0.5},
+        "mAP_50": value,
+        "mAP_50_11": value - 0.01,
+        "images_per_s": 5.0,
+        "device": "cpu",
+        **figures,
+    }
+    (folder / "metrics.json").write_text(json.dumps(card))
+    rows = [[NAMES[0], 0, value, value, 20], [NAMES[1], 1, 0.25, 0.3, 5], [NAMES[2], 2, "", "", 0]]
+    write_csv(folder / "per_class.csv", [["class", "id", "ap", "ap_11", "objects"], *rows])
+    pictures = folder / "pictures"
+    Image.new("RGB", (32, 24), (90, 120, 60)).save(pictures / "key-1.image.jpg")
+    (pictures / "key-1.truth.json").write_text(json.dumps(TRUTH))
+    (pictures / "key-1.prediction.json").write_text(json.dumps(PREDICTION))
     return folder
 
 
@@ -266,9 +311,14 @@ def test_paper_numbers_hold_the_printed_rows_of_models_that_are_here():
     full = of_segvit["segvit_l", "ade20k"]
     assert (full["flops_g"], full["miou_ss"], full["miou_ms"]) == (637.9, 54.6, 55.2)
     assert of_segvit["segvit_shrunk_l", "pascal_context"]["miou_ms"] == 57.4
-    counts = {r["model"]: (r["params_m"], r["flops_g"]) for r in cfsam["rows"]}
-    assert counts["ssd300_cfsam"] == (45.16, 45.22)
-    assert {r["model"]: r["map_50"] for r in cfsam["rows"] if r["dataset"] == "voc0712"} == {
+    on_voc = {row["model"]: row for row in cfsam["rows"] if row["dataset"] == "voc0712"}
+    full = on_voc["ssd300_cfsam"]
+    assert (full["params_m"], full["flops_g"], full["fps"]) == (45.16, 45.22, 57)
+    assert on_voc["ssd300_cfsam_deep"]["ap"] == {"bird": 73.5, "bus": 85.0, "cow": 84.7}
+    on_coco = {row["model"]: row["ap50"] for row in cfsam["rows"] if row["dataset"] == "coco"}
+    assert on_coco["ssd300_cfsam"] - on_coco["ssd300"] == pytest.approx(10.9)
+    assert all(set(row.get("ap", {})) <= set(cfsam["classes"]) for row in cfsam["rows"])
+    assert {name: row["map_50"] for name, row in on_voc.items() if "map_50" in row} == {
         "ssd300": 75.5,
         "ssd300_se": 77.2,
         "ssd300_cfam": 77.6,
@@ -374,10 +424,10 @@ def test_every_picture_has_a_text_and_every_header_a_scope(report):
 def test_picture_scores_by_hand():
     truth = np.array([[0, 0, 1, 255]], np.uint8)
     prediction = np.array([[0, 1, 1, 2]], np.uint8)
-    iou, right = page.picture_scores(prediction, truth)
+    iou, right = pictures.picture_scores(prediction, truth)
     assert iou == pytest.approx((1 / 2 + 1 / 2) / 2)
     assert right == pytest.approx(2 / 3)
-    assert page.picture_scores(prediction, np.full_like(truth, 255)) == (None, None)
+    assert pictures.picture_scores(prediction, np.full_like(truth, 255)) == (None, None)
 
 
 def test_colourise_paints_each_id_and_refuses_others():
@@ -574,3 +624,117 @@ def test_boundary_f_is_a_column_where_it_was_measured(tree, tmp_path):
         edit_json(tree / "evaluate" / run / "metrics.json", "boundary_F", 0.7)
     assert "boundary F<small>" in header()
     assert tables.collect(tree).runs[1].evaluation.metrics["boundary_F"] == 0.7
+
+
+def test_detectors_have_their_rows_classes_and_pictures(tmp_path):
+    tree = tmp_path / "results"
+    add_detector(tree, "plain", 0.512, AP=0.301, AR_100=0.402)
+    add_detector(tree, "cross", 0.634, model="ssd300_cfsam", AP=0.312, AR_100=0.403)
+    add_run(tree, "masks")
+    add_evaluation(tree, "masks", 0.5)
+    text = page.write_report(tree, tmp_path / "out", "T").read_text(encoding="utf-8")
+    assert "best mAP at IoU 0.5 <strong>63.4 %</strong> by cross" in text
+    first = text[text.index("toy, val split") :]
+    for words in ("mAP at IoU 0.5<small>", "mAP at IoU 0.5, 11 points<small>", ">62.4<"):
+        assert words in first[: first.index("COCO&#39;s figures")]
+    coco = first[first.index("COCO&#39;s figures") :]
+    assert re.search(r"AR<br>100 boxes<small>.*>31\.2</td>.*>40\.3</td>", coco, flags=re.DOTALL)
+    assert "AP at IoU 0.5 of all 3 classes" in text
+    assert re.search(r"<td class=\"n quiet\">80\.0</td>", text), "share of the objects"
+    assert text.count("3 boxes, 1 right of 2") == 2
+    assert "Boxes of score 0.3 or more" in text
+    assert "Light grey pixels are ignored" in text
+    pictures_of = text[text.index('id="pictures"') : text.index('id="papers"')]
+    assert pictures_of.count("<img ") == 4 + 3
+    assert "78.6" in text[text.index('id="papers"') :]
+    assert "not comparable" in text
+
+
+def test_detectors_stand_beside_the_printed_ones(tmp_path):
+    tree = tmp_path / "results"
+    folder = add_detector(tree, "shallow", 0.512, model="ssd300_cfsam_shallow", AP50=0.499)
+    add_run(tree, "unseen", model="ssd300", task="detection")
+    edit_json(tree / "finetune/shallow/model.json", "dataset", "voc0712")
+    rows = [["bird", 0, 0.123, 0.1, 4], ["cow", 1, "", "", 0]]
+    write_csv(folder / "per_class.csv", [["class", "id", "ap", "ap_11", "objects"], *rows])
+    text = page.write_report(tree, tmp_path / "out", "T").read_text(encoding="utf-8")
+    table = text[text.index('id="papers"') : text.index('id="provenance"')]
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr")]
+    measured = [row[1:] for row in cells if "VOC 07+12 val" in row]
+    assert measured == [["3.72", "5.60", "51.2", "50.2", "49.9", "12.3", "-", "-", "5.0"]]
+    printed = [row[1:] for row in cells if "74.8" in row]
+    assert printed == [["-", "-", "-", "-", "74.8", "84.6", "83.2", "-"]]
+    assert "BoundConvNet" in table
+    assert "EfficientDet-D0" in table
+    assert "mIoU" not in table
+
+
+def test_loss_curves_of_several_detectors_share_a_figure(tmp_path):
+    for name in ("one", "two", "three"):
+        add_detector(tmp_path / "results", name, 0.5)
+    text = page.write_report(tmp_path / "results", tmp_path / "out", "T").read_text()
+    figure = re.search(
+        r"<svg [^>]*Training loss of the fine-tuned models.*?</svg>", text, re.DOTALL
+    )
+    assert all(f">{name}</text>" in figure[0] for name in ("one", "two", "three"))
+    assert "Validation mAP at IoU 0.5" in text
+
+
+def entry_without(entries, key):
+    return [{name: value for name, value in entry.items() if name != key} for entry in entries]
+
+
+BOX_FAULTS = {
+    "no list": ("truth", {"a": 1}, "TypeError"),
+    "no flag": ("truth", entry_without(TRUTH, "crowd"), "KeyError: 'crowd'"),
+    "no score": ("prediction", entry_without(PREDICTION, "score"), "KeyError: 'score'"),
+    "corners": ("prediction", [{**PREDICTION[0], "box": [1, 2, 3]}], "ValueError"),
+    "nan": ("prediction", [{**PREDICTION[0], "box": [1, 2, 3, float("nan")]}], "a corner is not"),
+    "class": ("truth", [{**TRUTH[0], "class_id": 3}], "class_id is 3, expected 0..2"),
+}
+
+
+@pytest.mark.parametrize("fault", BOX_FAULTS)
+def test_a_broken_file_of_boxes_is_named(tmp_path, fault):
+    name, entries, message = BOX_FAULTS[fault]
+    folder = add_detector(tmp_path / "results", "plain", 0.5)
+    place = folder / "pictures" / f"key-1.{name}.json"
+    place.write_text(json.dumps(entries))
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        page.write_report(tmp_path / "results", tmp_path / "out", "T")
+    assert str(place) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_detections_are_counted_by_hand(tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps(TRUTH))
+    (tmp_path / "p.json").write_text(json.dumps(PREDICTION))
+    truth = box_pictures.read_truth(tmp_path / "t.json", 3)
+    prediction = box_pictures.read_prediction(tmp_path / "p.json", 3)
+    assert truth.faint.tolist() == [False, False, True]
+    assert prediction.scores.tolist() == [0.9, 0.8, 0.7]
+    assert box_pictures.count_right(prediction, truth) == (1, 2)
+    (tmp_path / "p.json").write_text("[]")
+    nothing = box_pictures.read_prediction(tmp_path / "p.json", 3)
+    assert box_pictures.count_right(nothing, truth) == (0, 2)
+
+
+@pytest.mark.parametrize(("shift", "right"), [(0.0, 1), (3.3, 1), (3.4, 0), (20.0, 0)])
+def test_a_box_is_right_from_iou_one_half(shift, right):
+    boxes = np.array([[0.0, 0.0, 10.0, 10.0]])  # (10 - s) / (10 + s) is 1 / 2 at 10 / 3
+    truth = box_pictures.PictureBoxes(boxes, np.array([1]), faint=np.array([False]))
+    moved = boxes + np.array([shift, 0, shift, 0])
+    for label in (0, 1):
+        found = box_pictures.PictureBoxes(moved, np.array([label]), scores=np.array([0.5]))
+        assert box_pictures.count_right(found, truth) == (right if label else 0, 1)
+
+
+def test_a_loss_that_falls_far_has_a_logarithmic_axis():
+    def ticks(last):
+        line = figures.Line("a", 0, range(100), [20.0, *np.linspace(19, last, 99)])
+        svg = figures.loss_curves([line], "fig", "about")
+        return [float(t) for t in re.findall(r">([\d.]+)</text>", svg)]
+
+    assert {5.0, 10.0, 20.0} <= set(ticks(2.0))
+    assert 15.0 not in ticks(2.0)
+    assert 15.0 in ticks(5.0) or 16.0 in ticks(5.0)

@@ -44,10 +44,10 @@ def draw_boxes(
     palette: Sequence[Colour],
     *,
     faint: NDArray[np.bool_] | None = None,
-    tags: bool = True,
-    legend: bool = True,
+    words: bool = True,
+    line_px: int = _LINE_PX,
 ) -> Image.Image:
-    """Draw boxes on their image and add a legend below.
+    """Draw boxes on their image and add a legend below: classes with the number of their boxes.
 
     Args:
         image: (H, W, 3) uint8.
@@ -57,9 +57,8 @@ def draw_boxes(
         class_names: K names.
         palette: K colours, 0..255.
         faint: (N,) boxes to draw dashed, such as difficult or crowd ones; None means none.
-        tags: write class and score at the boxes.
-        legend: list the classes present with the number of their boxes, most frequent first;
-            without boxes there is none.
+        words: whether there are tags and a legend; without boxes there is none.
+        line_px: width of lines.
 
     Raises:
         DataError: an unknown class id, or arrays of different lengths.
@@ -72,16 +71,15 @@ def draw_boxes(
     order = _from_back_to_front(edges, scores)
     for i in order:
         is_faint = faint is not None and bool(faint[i])
-        _draw_box(draw, edges[i], tuple(palette[labels[i]]), is_faint)
-    if tags:
-        taken: list[_Rectangle] = []
-        for i in reversed(order):
-            score = None if scores is None else f"{float(scores[i]):.2f}"
-            name = shortened(class_names[labels[i]], _LONGEST_NAME_PX)
-            texts = [name] if score is None else [f"{name} {score}", score]
-            _draw_tag(draw, edges[i], texts, tuple(palette[labels[i]]), taken)
-    if not legend or not edges:
+        _draw_box(draw, edges[i], tuple(palette[labels[i]]), line_px, is_faint)
+    if not words or not edges:
         return picture
+    taken: list[_Rectangle] = []
+    for i in reversed(order):
+        score = None if scores is None else f"{float(scores[i]):.2f}"
+        name = shortened(class_names[labels[i]], _LONGEST_NAME_PX)
+        texts = [name] if score is None else [f"{name} {score}", score]
+        _draw_tag(draw, edges[i], texts, tuple(palette[labels[i]]), taken)
     counts = np.bincount(labels)
     present = sorted(np.flatnonzero(counts).tolist(), key=lambda i: -counts[i])
     lines = [(class_names[i], str(counts[i]), tuple(palette[i])) for i in present]
@@ -134,16 +132,20 @@ def _area(edges: _Rectangle) -> int:
 
 
 def _draw_box(
-    draw: ImageDraw.ImageDraw, edges: _Rectangle, colour: tuple[int, ...], is_faint: bool
+    draw: ImageDraw.ImageDraw,
+    edges: _Rectangle,
+    colour: tuple[int, ...],
+    line_px: int,
+    is_faint: bool,
 ) -> None:
     left, top, right, bottom = edges
     if not is_faint:
         # A hair of the ink that the colour stands out from keeps the line apart from the image.
         around = (max(left - 1, 0), max(top - 1, 0), right + 1, bottom + 1)
         draw.rectangle(around, outline=ink_on(colour))
-        draw.rectangle(edges, outline=colour, width=_LINE_PX)
+        draw.rectangle(edges, outline=colour, width=line_px)
         return
-    last = _LINE_PX - 1
+    last = line_px - 1
     for start, stop in _dashes(left, right):
         draw.rectangle((start, top, stop, min(top + last, bottom)), fill=colour)
         draw.rectangle((start, max(bottom - last, top), stop, bottom), fill=colour)

@@ -20,7 +20,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
 
 RUN_COLOURS = (
     ("#0068a8", "#5cb0f0"),
@@ -40,6 +46,7 @@ _MARKERS = "osD^vPX*"
 _WIDTH_IN = 5.4  # a phone shows it at about full size, half a desktop page a little enlarged
 _MAX_POINTS = 1000  # of a curve: more than its pixels
 _INK, _RULE = "#010101", "#020202"  # replaced by the page's own colours
+_LOG_FROM = 5.0  # largest over smallest loss
 _LEAST_SPAN = 0.02  # of a metric's axis, as a fraction
 _PER_CENT = FuncFormatter(lambda fraction, _: f"{round(100 * fraction, 6):g}")
 _STYLE = {
@@ -147,9 +154,21 @@ def loss_curves(lines: Sequence[Line], figure_id: str, description: str) -> str:
             axes.plot(x[shown], y[shown], color=colour(line.index), linewidth=0.6, alpha=0.35)
             axes.plot(x[shown], smoothed(y)[shown], linewidth=1.6, **_line_style(line.index))
         axes.set(xlabel="training samples seen", ylabel="loss")
+        _widen_the_end(axes, lines)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         _add_legend(figure, lines)
         return _inline_svg(figure, figure_id, description)
+
+
+def _widen_the_end(axes: Any, lines: Sequence[Line]) -> None:
+    """Take a logarithmic axis where a linear one would press the ends of the curves together."""
+    values = [value for line in lines for value in _measured(line)[1]]
+    if min(values) <= 0 or max(values) < _LOG_FROM * min(values):
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def metric_curves(lines: Sequence[Line], metric: str, figure_id: str, description: str) -> str:

@@ -4,34 +4,21 @@ Metrics are compared only within a data set and split. The page holds no date an
 own, so the same results give the same bytes.
 """
 
-import base64
-import io
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
-from xattn.errors import DataError
-from xattn.report import attention_maps, figures, overlay, tables
-from xattn.report.tables import PictureFiles, Run
+from xattn.report import figures, pictures, tables
+from xattn.report.tables import Run
 from xattn.storage import write_text
-from xattn.structures import IGNORE_INDEX
-
-MAX_PICTURES = 12
-"""Picture rows of one data set: more are work for a viewer, not for a page."""
-
-MAX_ATTENTION = 3
-"""Pictures of one data set that also show attention, for each run that has some."""
 
 MAX_BARS = 200
 """Classes up to which bars are drawn; beyond, the table has to do."""
 
-_PICTURE_PX = 512  # longest side of an embedded picture
 _STAGE_WORDS = {"finetune": "fine-tuned", "pretrain": "pretrained"}
 
 
@@ -74,7 +61,7 @@ def render(results: tables.Results, title: str, params_text: str | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=_percent, rate=_rate, words=_words, printed=_printed)
+    environment.filters.update(percent=pictures.percent, rate=_rate, words=_words, printed=_printed)
     runs = results.runs
     index = {(run.stage, run.name): number for number, run in enumerate(runs)}
     groups = [_group(number, members, index) for number, members in enumerate(_by_data_set(runs))]
@@ -86,6 +73,7 @@ def render(results: tables.Results, title: str, params_text: str | None) -> str:
         colours=figures.RUN_COLOURS,
         stage_words=_STAGE_WORDS,
         metric_words=tables.METRICS,
+        coco_words=tables.COCO_METRICS,
         groups=groups,
         curves=_curves(runs, index),
         papers=_papers(runs),
@@ -133,8 +121,8 @@ def _group(number: int, runs: list[Run], index: Mapping[tuple[str, str], int]) -
             )
         ),
         **_classes(number, runs, index, about),
-        **_pictures(runs),
-        "attention_rows": _attention_rows(runs),
+        **pictures.picture_rows(runs),
+        "attention_rows": pictures.attention_rows(runs),
     }
 
 
@@ -153,7 +141,7 @@ def _classes(
         entry["best"] = max((v for v in entry["scores"] if v is not None), default=None)
     rows = sorted(scores.values(), key=lambda row: -_mean(row["scores"]))
     score, support = tables.CLASS_COLUMNS[runs[0].card["task"]]
-    words = {"iou": "IoU", "accuracy": "accuracy"}[score]
+    words = {"iou": "IoU", "accuracy": "accuracy", "ap": "AP at IoU 0.5"}[score]
     bars = [
         figures.Bars(run.name, index[run.stage, run.name], [row["scores"][i] for row in rows])
         for i, run in enumerate(runs)
@@ -208,117 +196,6 @@ def _lines(
     return [line for line in lines if any(value is not None for value in line.y)]
 
 
-def _pictures(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the picture rows that all runs of a data set share, and their legend."""
-    columns = [
-        (run, {picture.key: picture for picture in run.evaluation.pictures})
-        for run in runs
-        if run.evaluation and run.evaluation.pictures and run.card["palette"]
-    ]
-    keys = sorted({key for _, pictures in columns for key in pictures})
-    rows, present = [], set[int]()
-    for key in keys[:MAX_PICTURES]:
-        row, classes = _picture_row(key, columns)
-        rows.append(row)
-        present |= classes
-    card = columns[0][0].card if columns else {"class_names": [], "palette": []}
-    legend = [
-        {
-            "name": card["class_names"][i],
-            "colour": "#{:02x}{:02x}{:02x}".format(*card["palette"][i]),
-        }
-        for i in sorted(present)
-    ]
-    return {"picture_rows": rows, "num_pictures": len(keys), "legend": legend}
-
-
-def _picture_row(
-    key: str, columns: Sequence[tuple[Run, Mapping[str, PictureFiles]]]
-) -> tuple[dict[str, Any], set[int]]:
-    """Return one picture with its truth and predictions, and the classes that they show."""
-    run, files = next((run, found[key]) for run, found in columns if key in found)
-    palette, names = run.card["palette"], run.card["class_names"]
-    truth = _read_mask(files.truth)
-    present = {i for i, _ in overlay.areas(truth, len(names))}
-    predictions = []
-    for run, found in columns:
-        if key not in found:
-            continue
-        mask = _read_mask(found[key].prediction)
-        if mask.shape != truth.shape:
-            raise DataError(
-                f"{found[key].prediction}: {mask.shape[0]} x {mask.shape[1]} pixels, its truth "
-                f"has {truth.shape[0]} x {truth.shape[1]}; repeat `dvc repro`"
-            )
-        present |= {i for i, _ in overlay.areas(mask, len(names))}
-        iou, right = picture_scores(mask, truth)
-        uri = _mask_uri(mask, palette)
-        predictions.append({"run": run, "uri": uri, "iou": iou, "right": right})
-    row = {
-        "key": key,
-        "image": _image_uri(files.image),
-        "truth": _mask_uri(truth, palette),
-        "predictions": predictions,
-    }
-    return row, present
-
-
-def _attention_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the panels of hierarchical attention, the runs of one picture together."""
-    found = [
-        (picture, run)
-        for run in runs
-        if run.evaluation
-        for picture in run.evaluation.pictures
-        if picture.attention
-    ]
-    keys = sorted({picture.key for picture, _ in found})[:MAX_ATTENTION]
-    return [
-        {"key": key, "run": run, **_attention_panels(picture)}
-        for key in keys
-        for picture, run in found
-        if picture.key == key
-    ]
-
-
-def _attention_panels(files: PictureFiles) -> dict[str, Any]:
-    assert files.attention
-    token = attention_maps.read_attention(files.attention)
-    image = _read_image(files.image)
-    maps = attention_maps.draw_maps(image, token)
-    return {
-        "image": _jpeg_uri(attention_maps.draw_token(image, token)),
-        "maps": [
-            {
-                "uri": _jpeg_uri(panel),
-                "title": level.title,
-                "about": attention_maps.describe(level),
-            }
-            for panel, level in zip(maps, token.maps, strict=True)
-        ],
-    }
-
-
-def picture_scores(
-    prediction: overlay.Picture, truth: overlay.Picture
-) -> tuple[float | None, float | None]:
-    """Return one picture's mean IoU and pixel accuracy, None when all of it is ignored.
-
-    Args:
-        prediction: (H, W) class ids.
-        truth: (H, W) class ids or IGNORE_INDEX. The mean goes over the classes that occur in
-            either, outside ignored pixels.
-    """
-    valid = truth != IGNORE_INDEX
-    if not valid.any():
-        return None, None
-    said, true = prediction[valid], truth[valid]
-    hits = np.bincount(true[said == true], minlength=256)
-    union = np.bincount(said, minlength=256) + np.bincount(true, minlength=256) - hits
-    iou = hits[union > 0] / union[union > 0]
-    return float(iou.mean()), float((said == true).mean())
-
-
 def _papers(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the papers' numbers for the models that were run, with those runs beside."""
     papers = []
@@ -338,64 +215,6 @@ def _papers(runs: Sequence[Run]) -> list[dict[str, Any]]:
             found = {"models": models, "elsewhere": elsewhere, "has_small": has_small}
             papers.append({**paper, **found})
     return papers
-
-
-def _read_mask(path: Path) -> overlay.Picture:
-    """Read a single-channel 8-bit PNG of class ids."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise DataError(f"{path}: mode {image.mode}, expected an 8-bit index PNG")
-            return np.asarray(image)
-    except OSError as error:
-        raise DataError(f"{path}: not a readable picture ({error})") from error
-
-
-def _mask_uri(mask: overlay.Picture, palette: Sequence[overlay.Colour]) -> str:
-    """Return a mask in its colours as a PNG data URI."""
-    picture = Image.fromarray(mask)
-    picture.thumbnail((_PICTURE_PX, _PICTURE_PX), Image.Resampling.NEAREST)
-    picture.putpalette(overlay.colour_table(palette).tobytes())  # a third of the bytes of RGB
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return _data_uri("image/png", buffer.getvalue())
-
-
-def _image_uri(path: Path) -> str:
-    """Return a photograph as a JPEG data URI, made smaller when it is large."""
-    try:
-        with Image.open(path) as image:
-            if max(image.size) <= _PICTURE_PX:
-                return _data_uri("image/jpeg", path.read_bytes())
-            small = image.convert("RGB")
-    except OSError as error:
-        raise DataError(f"{path}: not a readable picture ({error})") from error
-    small.thumbnail((_PICTURE_PX, _PICTURE_PX), Image.Resampling.LANCZOS)
-    return _jpeg_uri(small)
-
-
-def _read_image(path: Path) -> overlay.Picture:
-    """Read a photograph as (H, W, 3)."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise DataError(f"{path}: not a readable picture ({error})") from error
-
-
-def _jpeg_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return _data_uri("image/jpeg", buffer.getvalue())
-
-
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _percent(value: float | None) -> str:
-    """Return a fraction as a number of per cent with one decimal, or a dash."""
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _printed(value: float | None) -> str:

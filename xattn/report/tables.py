@@ -8,6 +8,7 @@ The tree, with `stage` one of pretrain and finetune:
     results/evaluate/<run>/metrics.json   the data set's protocol (optional, as are the two below)
     results/evaluate/<run>/per_class.csv
     results/evaluate/<run>/pictures/<key>.{image.jpg,truth.png,prediction.png}
+    (of detection the latter two are .json, see `box_pictures`)
     results/evaluate/<run>/pictures/<key>.attention.json  (of models that have it)
 
 Metrics are fractions in [0, 1] in files and records; only what is printed is in per cent.
@@ -30,11 +31,34 @@ SCHEMA_VERSION = 1
 STAGES = ("finetune", "pretrain")
 """Stages that leave a model, in the order of the report: what was wanted before what it took."""
 
-HEADLINE = {"segmentation": "mIoU", "classification": "top1"}
+HEADLINE = {"segmentation": "mIoU", "classification": "top1", "detection": "mAP_50"}
 """The metric that a task is judged by."""
 
-CLASS_COLUMNS = {"segmentation": ("iou", "pixels"), "classification": ("accuracy", "images")}
+CLASS_COLUMNS = {
+    "segmentation": ("iou", "pixels"),
+    "classification": ("accuracy", "images"),
+    "detection": ("ap", "objects"),
+}
 """The score and support columns of a task's per_class.csv."""
+
+PICTURE_SUFFIX = {"segmentation": "png", "detection": "json"}
+"""How the truth and the predictions of a picture are kept; a task that is not here keeps none."""
+
+COCO_METRICS = {
+    "AP": "AP",
+    "AP50": "AP at IoU 0.5",
+    "AP75": "AP at IoU 0.75",
+    "AP_small": "AP, small",
+    "AP_medium": "AP, medium",
+    "AP_large": "AP, large",
+    "AR_1": "AR, 1 box",
+    "AR_10": "AR, 10 boxes",
+    "AR_100": "AR, 100 boxes",
+    "AR_small": "AR, small",
+    "AR_medium": "AR, medium",
+    "AR_large": "AR, large",
+}
+"""COCO's twelve figures, with words for the heads of a table of their own."""
 
 METRICS = {
     "mIoU": "mIoU",
@@ -46,6 +70,9 @@ METRICS = {
     "image_boundary_F": "image-wise boundary F",
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
+    "mAP_50": "mAP at IoU 0.5",
+    "mAP_50_11": "mAP at IoU 0.5, 11 points",
+    **COCO_METRICS,
 }
 """Metrics that an evaluation may hold, with the words for them; all are fractions."""
 
@@ -114,9 +141,9 @@ class ClassScore:
     Args:
         class_id: its id.
         name: its name.
-        score: IoU (segmentation) or accuracy (classification), a fraction; None when the class is
-            absent.
-        support: true pixels (segmentation) or images (classification).
+        score: IoU (segmentation), accuracy (classification) or average precision (detection), a
+            fraction; None when the class is absent.
+        support: true pixels, images or objects.
     """
 
     class_id: int
@@ -144,7 +171,7 @@ class Evaluation:
         card: metrics.json as it was read.
         metrics: those of METRICS that it holds, fractions.
         classes: per-class scores by id.
-        pictures: by key; only segmentation has some.
+        pictures: by key; classification has none.
     """
 
     card: Mapping[str, Any]
@@ -264,7 +291,7 @@ def summary_table(results: Results) -> str:
 
 
 def paper_numbers() -> list[dict[str, Any]]:
-    """Return the papers of paper_numbers.yaml: key, citation, table, notes, rows, maybe models."""
+    """Return the papers of paper_numbers.yaml, whose head says what each holds."""
     try:
         document = YAML(typ="safe").load(_PAPER_NUMBERS)
     except YAMLError as error:
@@ -339,11 +366,12 @@ def _read_evaluation(folder: Path, task: str) -> Evaluation:
     for key, value in metrics.items():
         if not isinstance(value, _NUMBER) or not 0 <= value <= 1:
             raise DataError(f"{path}: {key} is {value!r}, expected a fraction in 0..1; {_REPEAT}")
-    pictures = _find_pictures(folder / "pictures") if task == "segmentation" else ()
+    suffix = PICTURE_SUFFIX.get(task)
+    pictures = _find_pictures(folder / "pictures", suffix) if suffix else ()
     return Evaluation(card, metrics, _read_classes(folder / "per_class.csv", task), pictures)
 
 
-def _find_pictures(folder: Path) -> tuple[PictureFiles, ...]:
+def _find_pictures(folder: Path, suffix: str) -> tuple[PictureFiles, ...]:
     """Return the pictures by key; each needs its three files."""
     pictures = []
     for image in sorted(folder.glob("*.image.jpg")):
@@ -352,8 +380,8 @@ def _find_pictures(folder: Path) -> tuple[PictureFiles, ...]:
         files = PictureFiles(
             key,
             image,
-            folder / f"{key}.truth.png",
-            folder / f"{key}.prediction.png",
+            folder / f"{key}.truth.{suffix}",
+            folder / f"{key}.prediction.{suffix}",
             attention if attention.is_file() else None,
         )
         for path in (files.truth, files.prediction):
