@@ -364,6 +364,33 @@ def attention(
 
 
 @app.command()
+def cam(
+    model: Model,
+    image: Annotated[Path, typer.Argument(help="An image.")],
+    method: Annotated[
+        Literal["eigencam", "gradcam++"],
+        typer.Option(help="What stands out (eigencam), or what raised one score (gradcam++)."),
+    ] = "eigencam",
+    levels: Annotated[
+        str | None,
+        typer.Option(help="Numbers of levels, 1 the finest; 1,2,3, or gradcam++'s own one."),
+    ] = None,
+    detection: Annotated[
+        int | None,
+        typer.Option(help="Which detection gradcam++ explains, by score; 1 if not given."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The PNG.")] = Path("cam.png"),
+    device: Device = "auto",
+) -> None:
+    """Draw class activation maps of a detector, level by level."""
+    numbers = None if levels is None else _levels(levels)
+    from pipelines.cam import draw_cam
+
+    words = draw_cam(_model_dir(model), image, out, method, numbers, detection, device)
+    print(f"{out}: {words}")
+
+
+@app.command()
 def probe(
     models: Annotated[
         list[str], typer.Argument(help="Runs of params.yaml, or model folders.", show_default=False)
@@ -549,6 +576,16 @@ def _point(text: str) -> tuple[float, float]:
     except ValueError:
         raise typer.BadParameter(f"--point: found '{text}', expected X,Y, e.g. 120,80") from None
     return x, y
+
+
+def _levels(text: str) -> list[int]:
+    """Return the numbers of "1,2,3"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--levels: found '{text}', expected numbers, e.g. 1,2,3"
+        ) from None
 
 
 def _print_json(value: Any) -> None:

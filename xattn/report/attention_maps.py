@@ -92,7 +92,7 @@ def draw_sheet(image: Picture, tokens: Sequence[TokenAttention]) -> Image.Image:
             sheet.paste(panels[row], (left, top))
             about = describe(token.maps[row - 1]) if row else f"point {_point_words(token)}"
             draw.text((left, top + height + 4), about, fill=QUIET, font=font())
-    _draw_bar(sheet, gutter, bottom)
+    draw_bar(sheet, gutter, bottom)
     return sheet
 
 
@@ -150,14 +150,26 @@ def _cut(image: Picture, frame: BoxXyxyPx) -> Image.Image:
 
 def _draw_map(image: Picture, frame: BoxXyxyPx, level: AttentionMap, box: BoxXyxyPx) -> Image.Image:
     panel = _cut(image, frame)
-    grey = Image.blend(panel, panel.convert("L").convert("RGB"), _GREY)
-    share = _spread(level, frame, panel.size)
-    colours = _coloured(share)
-    cover = np.where(share > 0, _COVER[0] + (_COVER[1] - _COVER[0]) * share, 0)[..., None]
-    mixed = (1 - cover) * np.asarray(grey, np.float64) + cover * colours
-    panel = Image.fromarray(np.rint(mixed).astype(np.uint8))
+    panel = cover(panel, _spread(level, frame, panel.size))
     _draw_box(panel, frame, box)
     return panel
+
+
+def cover(
+    panel: Image.Image, share: NDArray[np.floating[Any]], least: float = _COVER[0]
+) -> Image.Image:
+    """Return a photograph in grey under the colours of (height, width) shares in [0, 1].
+
+    Args:
+        panel: the photograph.
+        share: 0 leaves it as it is, in grey.
+        least: how much of it the smallest share above 0 covers: with 0.1 the border of what has a
+            share is seen, with 0 there is none.
+    """
+    grey = Image.blend(panel, panel.convert("L").convert("RGB"), _GREY)
+    weight = np.where(share > 0, least + (_COVER[1] - least) * share, 0)[..., None]
+    mixed = (1 - weight) * np.asarray(grey, np.float64) + weight * _coloured(share)
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
 def _spread(
@@ -208,7 +220,7 @@ def _draw_box(panel: Image.Image, frame: BoxXyxyPx, box: BoxXyxyPx) -> None:
     draw.rectangle(tuple(edges), outline=_BOX_COLOUR, width=2)
 
 
-def _draw_bar(sheet: Image.Image, left: int, top: int) -> None:
+def draw_bar(sheet: Image.Image, left: int, top: int) -> None:
     """Draw the scale of colours with its ends."""
     draw = ImageDraw.Draw(sheet)
     draw.text((left, top), "0", fill=QUIET, font=font())
