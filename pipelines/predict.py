@@ -7,6 +7,7 @@ import numpy as np
 from pipelines.edge import progress_bar
 from xattn.errors import DataError
 from xattn.predictor import Predictor, load_predictor, read_image
+from xattn.report.box_pictures import SHOWN_SCORE
 from xattn.report.boxes import draw_boxes
 from xattn.report.overlay import draw_label, draw_overlay
 from xattn.storage import write_atomic
@@ -14,7 +15,6 @@ from xattn.structures import Progress
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _SHOWN_LABELS = 3
-_LEAST_SHOWN_SCORE = 0.3  # as in the report
 
 
 def predict_images(model_dir: Path, source: Path, out: Path, device: str) -> int:
@@ -51,7 +51,7 @@ def _write_picture(predictor: Predictor, image_path: Path, out: Path) -> None:
     names = predictor.card["class_names"]
     palette = [tuple(colour) for colour in predictor.card["palette"]]
     if predictor.recipe.task == "detection":
-        sure = prediction["scores"] >= _LEAST_SHOWN_SCORE
+        sure = prediction["scores"] >= SHOWN_SCORE
         boxes, labels, scores = (prediction[name][sure] for name in ("boxes", "labels", "scores"))
         picture = draw_boxes(image, boxes, labels, scores, names, palette)
     elif predictor.recipe.task == "classification":
