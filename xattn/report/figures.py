@@ -41,8 +41,9 @@ RUN_COLOURS = (
 """(on white, on black) for each run: Okabe and Ito's hues, which colour-blind readers tell apart,
 set darker and lighter until each has at least 4.5:1 contrast on its page."""
 
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-_MARKERS = "osD^vPX*"
+# As many that a run whose colour comes again has another dash and another marker.
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (9, 2)))
+_MARKERS = "osD^vPX*<>h"
 _WIDTH_IN = 5.4  # a phone shows it at about full size, half a desktop page a little enlarged
 _MAX_POINTS = 1000  # of a curve: more than its pixels
 _INK, _RULE = "#010101", "#020202"  # replaced by the page's own colours
