@@ -189,7 +189,66 @@ def test_loss_in_half_precision_is_computed_in_single():
     assert half.item() == pytest.approx(whole.item(), rel=5e-3)
 
 
-def test_loss_compiles_whole():
+def slow_loss(outputs, target, negatives):
+    """Return the loss, image by image, of all default boxes' losses sorted."""
+    offsets, logits, defaults = outputs
+    of_boxes = of_classes = matched_ones = 0
+    for image, (boxes, labels) in enumerate(zip(*target, strict=True)):
+        matched = slow_match(boxes, labels, defaults)
+        classes = torch.zeros(len(defaults), dtype=torch.int64)
+        positives = (matched >= 0).nonzero().flatten().tolist()
+        for place in positives:
+            classes[place] = labels[matched[place]] + 1
+            own = encode(boxes[matched[place]].expand(1, 1, 4), defaults[place : place + 1])
+            difference = (offsets[image, place] - own.flatten()).abs()
+            of_boxes += (difference - 0.5).where(difference >= 1, difference.square() / 2).sum()
+        losses = -logits[image].log_softmax(1).gather(1, classes[:, None]).flatten()
+        others = sorted(
+            set(range(len(defaults))) - set(positives),
+            key=lambda place, losses=losses: (-losses[place].item(), place),
+        )
+        of_classes += losses[positives + others[: negatives * len(positives)]].sum()
+        matched_ones += len(positives)
+    return of_boxes / max(matched_ones, 1), of_classes / max(matched_ones, 1)
+
+
+@pytest.mark.parametrize("negatives", [0, 3, 10_000])
+def test_loss_and_its_gradients_are_those_of_the_slow_reference(negatives):
+    outputs, target = random_outputs(4, 3, 2), random_target(4, 6, 4)
+    with torch.no_grad():  # rounded: many are equal, and of those the first ones count
+        outputs = outputs._replace(logits=outputs.logits.round())
+    leaves = [tensor.requires_grad_() for tensor in outputs[:2]]
+    losses = multibox_loss(outputs, target, identity_mean, negatives=negatives)
+    of_boxes, of_classes = slow_loss(outputs, target, negatives)
+    torch.testing.assert_close(losses["loss_boxes"], of_boxes)
+    torch.testing.assert_close(losses["loss_classes"], of_classes)
+    given = torch.autograd.grad(losses["loss"], leaves)
+    expected = torch.autograd.grad(of_boxes + of_classes, leaves)
+    for one, other in zip(given, expected, strict=True):
+        assert torch.equal(one != 0, other != 0)
+        torch.testing.assert_close(one, other)
+
+
+def test_of_equal_ones_the_first_count_and_none_that_is_matched():
+    target = random_target(2, 3, 3)
+    is_matched = match(*target, default_boxes())[1] >= 0
+    logits = torch.zeros(2, 8732, 4, requires_grad=True)
+    outputs = MultiBoxOutputs(torch.zeros(2, 8732, 4), logits, default_boxes())
+    loss = multibox_loss(outputs, target, identity_mean, negatives=3)["loss_classes"]
+    assert loss.item() == pytest.approx(4 * torch.tensor(4.0).log().item())
+    (gradient,) = torch.autograd.grad(loss, logits)
+    counted = (gradient[1] != 0).any(1)
+    first = (~is_matched).nonzero().flatten()[: 3 * is_matched.sum()]
+    assert torch.equal((counted & ~is_matched).nonzero().flatten(), first)
+    # Where the background is certain, the others cost 0 (or -0) and the matched ones 500 each.
+    certain = outputs._replace(logits=torch.tensor([500.0, 0, 0, 0]).expand(2, 8732, 4))
+    loss = multibox_loss(certain, target, identity_mean, negatives=3)["loss_classes"]
+    assert loss.item() == pytest.approx(500)
+
+
+def test_loss_compiles_whole(monkeypatch):
+    for name in ("capture_dynamic_output_shape_ops", "capture_scalar_outputs"):
+        monkeypatch.setattr(torch._dynamo.config, name, True)
     outputs, target = random_outputs(2, 3, 0), random_target(2, 5, 3)
     compiled = torch.compile(multibox_loss, backend="eager", fullgraph=True)
     one = compiled(outputs, target, identity_mean, negatives=3)["loss"]

@@ -34,6 +34,7 @@ BOXES_PER_CELL = tuple(2 + 2 * len(ratios) for ratios in _RATIOS)
 _CENTRE_VARIANCE, _SIZE_VARIANCE = 0.1, 0.2
 _LARGEST_LOG_RATIO = math.log(1000 / 16)  # no box is infinite: torchvision's limit
 _MATCHING_IOU = 0.5
+_LOW_BITS = 2**32 - 1
 _LEAST_SCORE = 0.01
 _NMS_IOU = 0.45
 _CANDIDATES_PER_CLASS = 400  # of an image, before the suppression: SSD's code, and torchvision
@@ -125,23 +126,36 @@ def match(boxes_xyxy: Tensor, labels: Tensor, defaults_cxcywh: Tensor) -> Tensor
     Returns:
         (B, P) int64: 0..M-1, or -1 for background.
     """
+    batch, count = len(labels), len(defaults_cxcywh)
     exists = (labels >= 0) & (boxes_xyxy[..., 2:] > boxes_xyxy[..., :2]).all(-1)
-    boxes_xyxy = boxes_xyxy.where(exists[..., None], 0)  # whose IoU with anything is 0
-    iou_BMP = _iou(boxes_xyxy, to_corners(defaults_cxcywh))
-    largest_iou, of_default = iou_BMP.max(1)
-    of_default = of_default.masked_fill(largest_iou < _MATCHING_IOU, -1)
-    numbers = torch.arange(labels.shape[1], device=labels.device)
-    forced = torch.full_like(of_default, -1).scatter_reduce(
-        1, iou_BMP.argmax(2), numbers.where(exists, -1), "amax"
-    )
-    return forced.where(forced >= 0, of_default)
+    images, numbers = exists.nonzero(as_tuple=True)
+    iou_NP = _iou(boxes_xyxy[images, numbers], to_corners(defaults_cxcywh))
+    rows, places = (iou_NP >= _MATCHING_IOU).nonzero(as_tuple=True)
+    # What an object is given comes before all that it has an IoU with, the last object's first.
+    values = torch.cat([iou_NP[rows, places], 2.0 + numbers])
+    rows = torch.cat([rows, torch.arange(len(numbers), device=numbers.device)])
+    places = images[rows] * count + torch.cat([places, iou_NP.argmax(1)])
+    keys = torch.full((batch * count,), -1, device=labels.device)
+    keys.scatter_reduce_(0, places, _sorting_keys(values, numbers[rows]), "amax")
+    return (-keys & _LOW_BITS).where(keys >= 0, -1).view(batch, count)
+
+
+def _sorting_keys(values: Tensor, numbers: Tensor) -> Tensor:
+    """Return int64 keys in the order of `values`; of equal ones the lowest number is largest.
+
+    Args:
+        values: float32, 0 or more.
+        numbers: int64 of 0..2^32-1, which `-key & _LOW_BITS` gives back.
+    """
+    # Without a sign, the bits of floats are in the order of the floats.
+    return values.view(torch.int32).long() * 2**32 - numbers
 
 
 def _iou(boxes_xyxy: Tensor, defaults_xyxy: Tensor) -> Tensor:
-    """Return (B, M, P), the intersection over union of (B, M, 4) and (P, 4) boxes."""
+    """Return (N, P), the intersection over union of (N, 4) and (P, 4) boxes."""
     # A plane a coordinate: the last axis is then the long one, which is vectorised.
-    x1, y1, x2, y2 = boxes_xyxy[..., None].unbind(2)
-    left, top, right, bottom = defaults_xyxy.unbind(1)
+    x1, y1, x2, y2 = boxes_xyxy[..., None].unbind(1)
+    left, top, right, bottom = defaults_xyxy.T.contiguous()
     width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
     height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0)
     intersection = width.mul_(height)
@@ -174,35 +188,47 @@ def multibox_loss(
 def _multibox_loss(
     outputs: MultiBoxOutputs, target: BoxTarget, mean_over_ranks: MeanOverRanks, negatives: int
 ) -> dict[str, Tensor]:
-    defaults = outputs.defaults_cxcywh
-    # One object more that is none: an index for what has no match, and never zero objects.
-    boxes = F.pad(target.boxes, (0, 0, 0, 1))
-    labels = F.pad(target.labels, (0, 1), value=-1)
-    matched = match(boxes, labels, defaults)
+    offsets, logits, defaults = outputs
+    matched = match(*target, defaults)
     is_matched = matched >= 0
-    classes = (labels.gather(1, matched.clamp(min=0)) + 1).where(is_matched, 0)
-    own = boxes.gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))
-    own = own.where(is_matched[..., None], to_corners(defaults))
-    offset_loss = F.smooth_l1_loss(
-        outputs.offsets.float(), encode(own, defaults), reduction="none"
-    ).sum(-1)
-    class_loss = F.cross_entropy(
-        outputs.logits.float().flatten(0, 1), classes.flatten(), reduction="none"
-    ).view_as(classes)
-    counts = is_matched.sum(1, keepdim=True)
-    scored = is_matched | _hardest(class_loss.detach(), is_matched, negatives * counts)
-    positives = mean_over_ranks(counts.sum().float()).clamp(min=1.0)
-    of_boxes = (offset_loss * is_matched).sum() / positives
-    of_classes = (class_loss * scored).sum() / positives
+    images, places = is_matched.nonzero(as_tuple=True)
+    numbers = matched[images, places]
+    of_boxes = F.smooth_l1_loss(
+        offsets[images, places].float(),
+        encode(target.boxes[images, numbers], defaults[places]),
+        reduction="sum",
+    )
+    others, is_scored = _hardest(logits.detach().float(), is_matched, negatives)
+    # One indexing for both kinds: the gradient of each is as large as the logits.
+    rows = torch.arange(len(others), device=others.device).repeat_interleave(others.shape[1])
+    images, places = torch.cat([images, rows]), torch.cat([places, others.flatten()])
+    classes = F.pad(target.labels[images[: len(numbers)], numbers] + 1, (0, len(rows)))
+    weights = F.pad(is_scored.flatten().float(), (len(numbers), 0), value=1.0)
+    losses = F.cross_entropy(logits[images, places].float(), classes, reduction="none")
+    positives = mean_over_ranks(is_matched.sum().float()).clamp(min=1.0)
+    of_boxes = of_boxes / positives
+    of_classes = (losses * weights).sum() / positives
     return {"loss": of_boxes + of_classes, "loss_boxes": of_boxes, "loss_classes": of_classes}
 
 
-def _hardest(loss: Tensor, is_matched: Tensor, counts: Tensor) -> Tensor:
-    """Return (B, P): whether a default box is among its image's `counts` (B, 1) worst unmatched."""
-    order = loss.masked_fill(is_matched, -1.0).argsort(dim=1, descending=True, stable=True)
-    ranks = torch.arange(loss.shape[1], device=loss.device)
-    first = ranks < counts
-    return torch.zeros_like(is_matched).scatter_(1, order, first) & ~is_matched
+def _hardest(logits: Tensor, is_matched: Tensor, negatives: int) -> tuple[Tensor, Tensor]:
+    """Choose the unmatched default boxes that are least seen as background.
+
+    Args:
+        logits: (B, P, K + 1).
+        is_matched: (B, P).
+        negatives: how many for each matched one.
+
+    Returns:
+        Numbers of default boxes, (B, N) for the N of the image with most, worst first and of equals
+        the first one first, and whether each is among its own image's, (B, N).
+    """
+    numbers = torch.arange(logits.shape[1], device=logits.device)
+    keys = _sorting_keys(logits.log_softmax(-1)[..., 0].abs(), numbers)
+    counts = is_matched.sum(1, keepdim=True)
+    counts = torch.minimum(negatives * counts, len(numbers) - counts)
+    hardest = keys.masked_fill_(is_matched, -_LOW_BITS).topk(int(counts.max())).indices
+    return hardest, numbers[: hardest.shape[1]] < counts
 
 
 def decode_detections(outputs: MultiBoxOutputs, size: tuple[int, int]) -> list[dict[str, Tensor]]:
