@@ -7,7 +7,7 @@ needs.
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -559,6 +559,51 @@ def bench_train_step(
         _print_table([(f"{size}, {key}", str(ratio)) for size, ratio in result[key].items()])
     for name in ("hila", "segvit"):
         _print_table([(f"{name}, {key}", str(value)) for key, value in result[name].items()])
+
+
+@bench_app.command("detection")
+def bench_detection(
+    batch: Annotated[int, typer.Option(min=1, help="Images of a call of the loss.")] = 32,
+    step_batch: Annotated[int, typer.Option(min=1, help="Images of a whole step.")] = 4,
+    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each peer.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Compare SSD300's loss and training step with torchvision's, CFSAM's step with SSD300's."""
+    from benchmarks.detection import measure
+
+    result = measure(batch, step_batch, turns)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_table(list(_flatten(result)))
+
+
+@bench_app.command("detectors")
+def bench_detectors(
+    runs: Annotated[int, typer.Option(min=1, help="Images that each model sees.")] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Time CFSAM, its rivals and SSD300 on single images, with and without decoding and NMS."""
+    from benchmarks.detection import measure_speed
+
+    result = measure_speed(runs)
+    if as_json:
+        _print_json(result)
+        return
+    typer.echo(f"{result['device']}, batch 1, median of {runs}")
+    rows = [("model", "FPS", "FPS with NMS")]
+    for name, figures in result["models"].items():
+        rows.append((name, str(figures["fps"]), str(figures["fps_with_nms"])))
+    _print_table(rows)
+
+
+def _flatten(result: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the figures of nested results with their keys joined."""
+    for key, value in result.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{above}{key}, ")
+        else:
+            yield f"{above}{key}", str(value)
 
 
 def _model_dir(model: str) -> Path:

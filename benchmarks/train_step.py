@@ -11,22 +11,20 @@ loss. Run by `xattn bench train-step`.
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import Peer, Turn, take_turns
 from xattn.data.datasets import load_reader
-from xattn.errors import MissingPackageError, XattnError
+from xattn.errors import MissingPackageError
 from xattn.evaluate.cost import ShapesOnly, count_macs
-from xattn.malloc import keep_freed_memory
 from xattn.models.zoo import create_model, create_recipe
 from xattn.structures import identity_mean
 from xattn.train.distributed import resolve_device
@@ -49,45 +47,16 @@ class _Setting:
     precision: str
 
 
-class _Peer:
-    """A model that trains in a process of its own, whenever it is its turn."""
-
-    def __init__(self, build: Builder, keeps_memory: bool, setting: _Setting) -> None:
-        context = get_context("spawn")
-        self._ours, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_take_turns, args=(theirs, build, keeps_memory, setting), daemon=True
-        )
-
-    def __enter__(self) -> "_Peer":
-        self._process.start()
-        return self
-
-    def turn(self) -> float:
-        """Take a turn and return its milliseconds a step."""
-        self._ours.send(True)
-        while not self._ours.poll(1):
-            if not self._process.is_alive():
-                raise XattnError(f"a peer ended with exit code {self._process.exitcode}")
-        milliseconds: float = self._ours.recv()
-        return milliseconds
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.join()
-
-
-def _take_turns(driver: Connection, build: Builder, keeps_memory: bool, setting: _Setting) -> None:
-    """Train for a turn each time that the driver asks, and answer with its milliseconds a step."""
-    if keeps_memory:
-        keep_freed_memory()
+def _turns(build: Builder, setting: _Setting) -> Turn:
+    """Return what trains for a turn and measures its milliseconds a step."""
     device = resolve_device("auto")
     generator = torch.Generator().manual_seed(0)
     shape = setting.batch, setting.side, setting.side
     images = torch.randn(shape[0], 3, *shape[1:], generator=generator).to(device)
     labels = torch.randint(_CLASSES, shape, generator=generator).to(device)
     step, optimizer = build(device)
-    while driver.recv():
+
+    def turn() -> dict[str, float]:
         started = time.perf_counter()
         for _ in range(setting.steps):
             with _autocast(setting.precision, device):
@@ -97,7 +66,9 @@ def _take_turns(driver: Connection, build: Builder, keeps_memory: bool, setting:
             optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        driver.send((time.perf_counter() - started) / setting.steps * 1000)
+        return {"step": (time.perf_counter() - started) / setting.steps * 1000}
+
+    return turn
 
 
 def measure(batch: int, side: int, turns: int, steps: int, precision: str) -> dict[str, Any]:
@@ -127,16 +98,12 @@ def measure(batch: int, side: int, turns: int, steps: int, precision: str) -> di
         "timm_vit_b": (partial(_bare_vit, side), True),
         "ours_segvit_b": (partial(_segvit, side), True),
     }
-    times: dict[str, list[float]] = {name: [] for name in builders}
-    with ExitStack() as stack:
-        peers = {
-            name: stack.enter_context(_Peer(build, keeps, setting))
-            for name, (build, keeps) in builders.items()
-        }
-        for _ in range(turns + 1):  # the first turn warms up
-            for name, peer in peers.items():
-                times[name].append(peer.turn())
-    best = {name: min(all_ms[1:]) for name, all_ms in times.items()}
+    peers = {
+        name: Peer(partial(_turns, build, setting), keeps)
+        for name, (build, keeps) in builders.items()
+    }
+    times = {name: measured["step"] for name, measured in take_turns(peers, turns).items()}
+    best = {name: min(all_ms) for name, all_ms in times.items()}
     macs_ratio = _macs(_HILA, side) / _macs("segformer_b1", side)
     time_ratio = best["ours_hila"] / best["ours_b1"]
     segvit_time = best["ours_segvit_b"] / best["timm_vit_b"]
@@ -150,7 +117,7 @@ def measure(batch: int, side: int, turns: int, steps: int, precision: str) -> di
         "turns": turns,
         "steps": steps,
         "best_ms": {name: round(ms, 1) for name, ms in best.items()},
-        "median_ms": {name: round(median(all_ms[1:]), 1) for name, all_ms in times.items()},
+        "median_ms": {name: round(median(all_ms), 1) for name, all_ms in times.items()},
         "times_faster": {
             size: round(best[f"hf_{size}"] / best[f"ours_{size}"], 3) for size in _SIZES
         },
