@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
 
 from pipelines.evaluate import evaluate
 from pipelines.finetune import finetune
@@ -25,8 +27,9 @@ from xattn.data.index import ShardIndex
 from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.errors import ConfigError, DamageError, DataError
 from xattn.evaluate.detection import SeenImage, coco_scores, detection_scores
+from xattn.evaluate.inference import score_detection
 from xattn.experiment import plan_job, run_training
-from xattn.structures import Box, BoxTarget, DatasetInfo, Sample
+from xattn.structures import Box, BoxTarget, DatasetInfo, Recipe, Sample
 from xattn.train.history import read_history
 
 INFO = DatasetInfo(
@@ -232,10 +235,51 @@ def test_two_ranks_detect_as_one(detecting: Path) -> None:
         [row["val_metric"] for row in rows if "val_metric" in row] for rows in (expected, together)
     )
     assert len(one) == 2
-    print(one, two)
     assert two == pytest.approx(one, abs=1e-6)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+class Guesser(nn.Module):
+    """Boxes of a fixed grid, the brighter the surer: no detector, but its scores are not zero."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(images.mean(1, keepdim=True), (4, 6)).flatten(1)
+
+
+def guess(outputs: torch.Tensor, size: tuple[int, int]) -> list[dict[str, torch.Tensor]]:
+    rows, columns = torch.arange(24) // 6 / 4, torch.arange(24) % 6 / 6
+    boxes = torch.stack([columns, rows, columns + 1 / 4, rows + 1 / 3], 1)
+    scale = torch.tensor([size[1], size[0]] * 2)
+    return [
+        {
+            "boxes": boxes[(order := row.argsort(descending=True))] * scale,
+            "scores": row[order].sigmoid(),
+            "labels": order % 4,
+        }
+        for row in outputs
+    ]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_scores_are_those_of_one_rank_on_any_number(detecting: Path, world: int) -> None:
+    index = ShardIndex.open(detecting / "data/shards/objects")
+    recipe = Recipe(Guesser(), lambda *_: {}, guess, "detection")
+    parts: list[list[SeenImage]] = []
+    count = index.info.num_classes
+
+    def score(rank: int, of: int, gather: Any) -> dict[str, float]:
+        show = DetectionEval(size=40)
+        loader = build_eval_loader(index, "train", "detection", show, batch=3, rank=rank, world=of)
+        return score_detection(recipe, loader, count, torch.device("cpu"), gather).metrics()
+
+    alone = score(0, 1, lambda seen: [seen])
+    assert 0.001 < alone["mAP_50"] < 0.5
+    for rank in range(world):
+        score(rank, world, lambda seen: parts.append(seen) or [seen])
+    assert len(parts) == world
+    together = [image for part in reversed(parts) for image in part]
+    assert detection_scores(together, count).metrics() == pytest.approx(alone, abs=1e-12)
 
 
 def test_segmenters_are_no_detectors(detecting: Path) -> None:
