@@ -4,15 +4,13 @@ Imports nothing heavy at the top, so that --help answers at once; each command i
 needs.
 """
 
-import json
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from benchmarks.commands import AsJson, bench_app
+from pipelines.terminal import print_json, print_table
 from xattn.structures import Task
 
 app = typer.Typer(
@@ -23,10 +21,11 @@ app = typer.Typer(
     help="Cross-layer-attention vision models: trained, compared and served from one pipeline.",
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Name = Annotated[str, typer.Argument(help="A name from params.yaml.", show_default=False)]
 Model = Annotated[str, typer.Argument(help="A run of params.yaml, or a model folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+app.add_typer(bench_app, name="bench", help="Measure ourselves beside peers, in one run.")
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def models(
         raise UnknownNameError("system", system, systems)
     cards = [model_card(name) for name in list_models(task, system)]
     if as_json:
-        _print_json([asdict(card) for card in cards])
+        print_json([asdict(card) for card in cards])
         return
     rows = [("model", "system", "task", "classes", "input", "params", "MACs G", "paper", "source")]
     for card in cards:
@@ -74,7 +73,7 @@ def models(
                 card.source,
             )
         )
-    _print_table(rows)
+    print_table(rows)
 
 
 @app.command()
@@ -95,20 +94,20 @@ def datasets(
             for reader in list_readers()
         ]
         if as_json:
-            _print_json(readers)
+            print_json(readers)
         else:
-            _print_table([(reader["name"], reader["about"]) for reader in readers])
+            print_table([(reader["name"], reader["about"]) for reader in readers])
         return
     reader = load_reader(name)
     fields = {key: str(field.default) for key, field in reader.Settings.model_fields.items()}
     if as_json:
         about = {"name": name, "about": reader.__doc__, "url": reader.URL}
-        _print_json({**about, "settings": fields, "layout": reader.LAYOUT})
+        print_json({**about, "settings": fields, "layout": reader.LAYOUT})
         return
     print((reader.__doc__ or "").strip(), "\n")
     print(f"from: {reader.URL}\n" if reader.URL else "")
     print(f"on disk:\n{reader.LAYOUT}\nsettings and their defaults:")
-    _print_table([(f"  {key}", value) for key, value in fields.items()])
+    print_table([(f"  {key}", value) for key, value in fields.items()])
 
 
 @app.command()
@@ -130,7 +129,7 @@ def weights(
     built = create_model(model, num_classes=classes or model_card(model).num_classes)
     report = load_weights(built, file, partial=partial)
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
     else:
         print(report.listing())
 
@@ -148,7 +147,7 @@ def preset(context: typer.Context) -> None:
         from xattn.config import list_presets, preset_path
 
         about = [(name, _about(preset_path(name))) for name in list_presets()]
-        _print_table(about)
+        print_table(about)
 
 
 @preset_app.command("use")
@@ -200,7 +199,7 @@ def shard(
         index = write_dataset(name, dataset, base, out, jobs, repair)
     counts = {split: summary.count for split, summary in index.splits.items()}
     if as_json:
-        _print_json({"path": index.place, "samples": counts, "fingerprint": index.fingerprint})
+        print_json({"path": index.place, "samples": counts, "fingerprint": index.fingerprint})
     else:
         print(f"{index.place}: {counts}, fingerprint {index.fingerprint[:12]}")
 
@@ -225,7 +224,7 @@ def verify(
     with progress_bar("verify", "shard") as show:
         findings = find_damage(path, deep, lambda done, total: show(Progress(done, total)))
     if as_json:
-        _print_json([asdict(finding) for finding in findings])
+        print_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
             key = f", key {finding.key}" if finding.key else ""
@@ -274,10 +273,10 @@ def small_classes(
     )
     classes = list_small_classes(dataset, split, Path.cwd(), options, out)
     if as_json:
-        _print_json(as_records(classes))
+        print_json(as_records(classes))
         return
     listed = [entry for entry in classes if entry.is_listed]
-    _print_table([(c.name, f"{c.small} of {c.appearances} are small") for c in listed])
+    print_table([(c.name, f"{c.small} of {c.appearances} are small") for c in listed])
     print(f"{out}: {len(listed)} of {len(classes)} classes")
 
 
@@ -308,7 +307,7 @@ def evaluate(
 
     metrics = evaluate_run(name, Path.cwd(), detections=detections)
     if as_json:
-        _print_json(metrics)
+        print_json(metrics)
     else:
         print(headline(metrics))
 
@@ -357,7 +356,7 @@ def attention(
     transform = load_config().evaluate.segmentation if as_evaluated else None
     tokens = draw_attention(_model_dir(model), image, points, out, normalise, device, transform)
     if as_json:
-        _print_json([asdict(token) for token in tokens])
+        print_json([asdict(token) for token in tokens])
     else:
         stages = " and ".join(f"'{level.title}'" for level in tokens[0].maps)
         print(f"{out}: {stages}")
@@ -409,7 +408,7 @@ def probe(
 
     document = probe_models([_model_dir(model) for model in models], Path.cwd(), out, steps, device)
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
     for entry in document["runs"]:
         rows = [
@@ -417,7 +416,7 @@ def probe(
             for at in entry["probes"]
         ]
         print(f"{entry['run']}, mIoU on {entry['dataset']}/{entry['split']}:")
-        _print_table(rows)
+        print_table(rows)
     print(f"{out / 'probes.png'}")
 
 
@@ -435,175 +434,6 @@ def report(
     if not show:
         write_report(base)
     print_summary(base)
-
-
-bench_app = typer.Typer(no_args_is_help=True)
-app.add_typer(bench_app, name="bench", help="Measure ourselves beside peers, in one run.")
-
-
-@bench_app.command("engine")
-def bench_engine(
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each turn.")] = 10,
-    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each loop.")] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """Compare a training step of ours with the same step in a bare torch loop."""
-    from benchmarks.engine import measure
-
-    result = measure(steps, turns)
-    if as_json:
-        _print_json(result)
-    else:
-        _print_table([(key, str(value)) for key, value in result.items()])
-
-
-@bench_app.command("loader")
-def bench_loader(
-    images: Annotated[int, typer.Option(min=32, help="Images of an epoch.")] = 400,
-    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each loop.")] = 3,
-    camvid: Annotated[
-        Path | None, typer.Option(help="CamVid's raw folder, for the segmentation loops.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare reading, decoding and augmenting images with what others use."""
-    from benchmarks.loader import measure
-
-    result = measure(images, turns, camvid)
-    if as_json:
-        _print_json(result)
-    else:
-        _print_table([(name, str(rate)) for name, rate in result["images_per_s"].items()])
-        _print_table([(name, str(ratio)) for name, ratio in result["ratios"].items()])
-        _print_table([(f"resume, {name}", f"{s} s") for name, s in result["resume_s"].items()])
-
-
-@bench_app.command("metrics")
-def bench_metrics(
-    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each.")] = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Compare the boundary F of 19 classes at 1024x2048 with its definition, class by class."""
-    from benchmarks.metrics import measure
-
-    result = measure(turns)
-    if as_json:
-        _print_json(result)
-    else:
-        _print_table([(key, str(value)) for key, value in result.items()])
-
-
-@bench_app.command("attention")
-def bench_attention(
-    sides: Annotated[
-        list[int] | None, typer.Option("--side", min=64, help="Side of the image in pixels.")
-    ] = None,
-    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each form.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Ours under torch.compile too; takes minutes.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Compare HILA's inter-level attention with the listing of its paper, forward and backward."""
-    from benchmarks.attention import measure
-
-    result = measure(sides or [512, 1024], turns, threads, compiled)
-    if as_json:
-        _print_json(result)
-        return
-    for side, parts in result["sides"].items():
-        for part, figures in parts.items():
-            _print_table([(f"{side}, {part}, {key}", str(value)) for key, value in figures.items()])
-
-
-@bench_app.command("cla")
-def bench_cla(
-    side: Annotated[int, typer.Option(min=64, help="Side of the image in pixels.")] = 512,
-    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each form.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare CLA's two orders of products, forward and backward, and its memory with AFMA's."""
-    from benchmarks.cla import measure
-
-    result = measure(side, turns, threads)
-    if as_json:
-        _print_json(result)
-        return
-    for part, figures in result.items():
-        if isinstance(figures, dict):
-            _print_table([(f"{part}, {key}", str(value)) for key, value in figures.items()])
-        else:
-            _print_table([(part, str(figures))])
-
-
-@bench_app.command("train-step")
-def bench_train_step(
-    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 2,
-    side: Annotated[int, typer.Option(min=64, help="Side of the image in pixels.")] = 512,
-    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each model.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each turn.")] = 1,
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    as_json: AsJson = False,
-) -> None:
-    """Compare training steps: SegFormer with Hugging Face's, HILA with SegFormer."""
-    from benchmarks.train_step import measure
-
-    result = measure(batch, side, turns, steps, precision)
-    if as_json:
-        _print_json(result)
-        return
-    _print_table([(f"{name}, best ms", str(ms)) for name, ms in result["best_ms"].items()])
-    for key in ("times_faster", "times_faster_same_allocator"):
-        _print_table([(f"{size}, {key}", str(ratio)) for size, ratio in result[key].items()])
-    for name in ("hila", "segvit"):
-        _print_table([(f"{name}, {key}", str(value)) for key, value in result[name].items()])
-
-
-@bench_app.command("detection")
-def bench_detection(
-    batch: Annotated[int, typer.Option(min=1, help="Images of a call of the loss.")] = 32,
-    step_batch: Annotated[int, typer.Option(min=1, help="Images of a whole step.")] = 4,
-    turns: Annotated[int, typer.Option(min=1, help="Interleaved turns of each peer.")] = 5,
-    as_json: AsJson = False,
-) -> None:
-    """Compare SSD300's loss and training step with torchvision's, CFSAM's step with SSD300's."""
-    from benchmarks.detection import measure
-
-    result = measure(batch, step_batch, turns)
-    if as_json:
-        _print_json(result)
-    else:
-        _print_table(list(_flatten(result)))
-
-
-@bench_app.command("detectors")
-def bench_detectors(
-    runs: Annotated[int, typer.Option(min=1, help="Images that each model sees.")] = 200,
-    as_json: AsJson = False,
-) -> None:
-    """Time CFSAM, its rivals and SSD300 on single images, with and without decoding and NMS."""
-    from benchmarks.detection import measure_speed
-
-    result = measure_speed(runs)
-    if as_json:
-        _print_json(result)
-        return
-    typer.echo(f"{result['device']}, batch 1, median of {runs}")
-    rows = [("model", "FPS", "FPS with NMS")]
-    for name, figures in result["models"].items():
-        rows.append((name, str(figures["fps"]), str(figures["fps_with_nms"])))
-    _print_table(rows)
-
-
-def _flatten(result: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the figures of nested results with their keys joined."""
-    for key, value in result.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{above}{key}, ")
-        else:
-            yield f"{above}{key}", str(value)
 
 
 def _model_dir(model: str) -> Path:
@@ -631,21 +461,6 @@ def _levels(text: str) -> list[int]:
         raise typer.BadParameter(
             f"--levels: found '{text}', expected numbers, e.g. 1,2,3"
         ) from None
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Print aligned columns; the last one is cut to the terminal's width."""
-    widths = (
-        [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
-    )
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
-    for row in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(line.rstrip()[:room])
 
 
 def _first_line(text: str | None) -> str:

@@ -30,10 +30,10 @@ from tests.test_segvit import TINY
 from xattn.config import Config, RunConfig, list_presets, load_config, preset_path, read_yaml
 from xattn.data.datasets.cityscapes import CLASSES
 from xattn.data.datasets.cityscapes import MASK_END as CITY_MASK
-from xattn.data.datasets.coco import CATEGORY_IDS
 from xattn.data.datasets.coco import CLASSES as COCO_CLASSES
 from xattn.errors import XattnError
 from xattn.evaluate.cost import ShapesOnly
+from xattn.evaluate.detection import COCO_CATEGORY_IDS
 from xattn.evaluate.inference import HEADLINE
 from xattn.experiment import SCRATCH, Stage
 from xattn.models.weights import load_weights, save_weights
@@ -825,7 +825,9 @@ def make_voc0712(root: Path) -> None:
 
 
 def make_coco(root: Path) -> None:
-    categories = [{"id": i, "name": n} for i, n in zip(CATEGORY_IDS, COCO_CLASSES, strict=True)]
+    categories = [
+        {"id": i, "name": n} for i, n in zip(COCO_CATEGORY_IDS, COCO_CLASSES, strict=True)
+    ]
     for split, count in (("train", 3), ("val", 2)):
         images, annotations = [], []
         for number in range(1, count + 1):

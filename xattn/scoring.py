@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.config import EvaluateConfig
-from xattn.data.datasets.coco import CATEGORY_IDS
 from xattn.data.index import ShardIndex, ShardReader
 from xattn.data.loader import build_eval_loader, decode_image
 from xattn.data.transforms import SegmentationEval
 from xattn.errors import ConfigError, DataError, UnknownNameError
 from xattn.evaluate.detection import (
+    COCO_CATEGORY_IDS,
     DetectionScores,
     SeenImage,
     coco_results,
@@ -154,7 +154,7 @@ def write_detections(
         split: its name.
     """
     is_coco = info.name == "coco"
-    categories = CATEGORY_IDS if is_coco else range(1, info.num_classes + 1)
+    categories = COCO_CATEGORY_IDS if is_coco else range(1, info.num_classes + 1)
     numbers = [
         int(image.key.rsplit("_", 1)[-1]) if is_coco else n for n, image in enumerate(images, 1)
     ]

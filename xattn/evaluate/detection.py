@@ -36,6 +36,10 @@ COCO_FIGURES = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),
 )
+COCO_CATEGORY_IDS = tuple(
+    number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+)
+"""COCO's own id of each of its classes."""
 _RECALLS = np.arange(11) * 0.1
 """The eleven points, rounded as in the tools that published numbers come from: that of 0.3 is a bit
 above 0.3, so that 3 of 10 objects do not reach it (likewise 0.6 and 0.7)."""

@@ -47,10 +47,6 @@ CLASSES = (
     *("refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier"),
     "toothbrush",
 )
-CATEGORY_IDS = tuple(
-    number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-)
-"""COCO's own id of each class."""
 SPLITS = ("train", "val")
 HALVES_OF_VAL2014 = ("minival", "valminusminival")
 
