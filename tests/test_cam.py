@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -16,8 +16,9 @@ from pipelines.cam import cam_picture, draw_cam
 from xattn.data.augment_detection import DetectionEval
 from xattn.data.transforms import ClassificationEval
 from xattn.errors import ConfigError, DataError
-from xattn.evaluate.cam import activation_maps, eigen_cam, grad_cam_pp
-from xattn.models.multibox import BOXES_PER_CELL
+from xattn.evaluate.cam import _score, activation_maps, eigen_cam, grad_cam_pp
+from xattn.models.multibox import BOXES_PER_CELL, default_boxes, to_corners
+from xattn.models.ssd import SSD
 from xattn.models.weights import save_weights
 from xattn.models.zoo import create_recipe, list_models
 from xattn.predictor import Predictor
@@ -152,6 +153,29 @@ def test_grad_cam_pp_explains_the_detection_at_its_level(number: int) -> None:
     counts = [n * n * per for n, per in zip((38, 19, 10, 5, 3, 1), BOXES_PER_CELL, strict=True)]
     level = int(np.searchsorted(np.cumsum(counts), place, "right")) + 1
     assert found.levels == (level,)
+
+
+def test_of_equal_scores_the_box_tells_which_is_explained() -> None:
+    recipe, image = detector(), shown()
+    model = recipe.model
+    assert isinstance(model, SSD)
+    for conv in model.head.classes:
+        assert isinstance(conv, nn.Conv2d)
+        conv.weight.data.zero_()  # the same score everywhere
+        assert conv.bias is not None
+        conv.bias.data.view(-1, 4)[:, 1] = 1.0
+    for conv in model.head.boxes:
+        assert isinstance(conv, nn.Conv2d)
+        conv.weight.data.zero_()
+    boxes = to_corners(default_boxes()).clamp(0, 300) * torch.tensor([SIZE[1], SIZE[0]] * 2) / 300
+    with torch.no_grad():
+        outputs = model(image[None])
+    (found,) = recipe.decode(outputs, SIZE)
+    logits = outputs.logits[0].clone().requires_grad_()
+    for number in range(0, len(found["scores"]), 7):
+        (gradient,) = torch.autograd.grad(_score(outputs, logits, found, number, SIZE), logits)
+        (place,) = gradient.any(1).nonzero()[:, 0].tolist()
+        torch.testing.assert_close(boxes[place], found["boxes"][number], rtol=0, atol=1e-3)
 
 
 def test_what_cannot_be_shown_is_named() -> None:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from xattn.data.pixels import Size
 from xattn.errors import ConfigError, DataError, check_choice
-from xattn.models.multibox import MultiBoxOutputs
+from xattn.models.multibox import INPUT_SIDE_PX, MultiBoxOutputs, decode_boxes
 from xattn.models.ssd import SSD
 from xattn.structures import Recipe
 
@@ -33,6 +33,7 @@ Method = Literal["eigencam", "gradcam++"]
 
 _LEVELS = (1, 2, 3)
 _NOISE = 1e-6  # of the largest activation: what single precision leaves of a constant map
+_SCORE_NOISE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def activation_maps(
         own = [eigen_cam(activations[level - 1]) for level in shown]
     else:
         explained = _chosen(found, detection)
-        score = _score(logits[0], int(found["labels"][explained]), found["scores"][explained])
+        score = _score(outputs, logits[0], found, explained, size)
         gradients = [gradient[0] for gradient in torch.autograd.grad(score, maps)]
         strongest = max(range(len(maps)), key=lambda level: float(gradients[level].abs().max()))
         shown = tuple(levels or [strongest + 1])
@@ -192,11 +193,23 @@ def _chosen(found: dict[str, Tensor], detection: int | None) -> int:
     return number - 1
 
 
-def _score(logits_PK: Tensor, label: int, score: Tensor) -> Tensor:
+def _score(
+    outputs: MultiBoxOutputs,
+    logits_PK: Tensor,
+    found: dict[str, Tensor],
+    explained: int,
+    size: Size,
+) -> Tensor:
     """Return the score, with its gradient, of the default box that a detection came from.
 
-    In double precision: a score of nearly 1 hardly changes.
+    Scores alone do not tell it: many are equal where an image is flat or a model sure of all. In
+    double precision: a score of nearly 1 hardly changes.
     """
-    scores_P = logits_PK.detach().float().softmax(-1)[:, label + 1]
-    place = (scores_P - score).abs().argmin()
+    label, score = int(found["labels"][explained]), found["scores"][explained]
+    scores_P = outputs.logits[0].float().softmax(-1)[:, label + 1]
+    boxes_P4 = decode_boxes(outputs)[0]
+    scale = boxes_P4.new_tensor([size[1], size[0]]).repeat(2) / INPUT_SIDE_PX
+    distances_P = (boxes_P4 * scale - found["boxes"][explained]).abs().amax(1)
+    is_candidate = (scores_P - score).abs() <= _SCORE_NOISE
+    place = distances_P.where(is_candidate, torch.inf).argmin()
     return logits_PK[place].double().softmax(-1)[label + 1]

@@ -111,6 +111,12 @@ def decode(offsets: Tensor, defaults_cxcywh: Tensor) -> Tensor:
     return to_corners(torch.cat([centres, sides], -1))
 
 
+def decode_boxes(outputs: MultiBoxOutputs) -> Tensor:
+    """Return the box of every default box, (B, P, 4) xyxy, px of the input, cut at its border."""
+    boxes_BP4 = decode(outputs.offsets.float(), outputs.defaults_cxcywh)
+    return boxes_BP4.clamp(0, INPUT_SIDE_PX)
+
+
 def match(boxes_xyxy: Tensor, labels: Tensor, defaults_cxcywh: Tensor) -> Tensor:
     """Choose the object that each default box has to predict (section 2.2).
 
@@ -245,8 +251,7 @@ def decode_detections(outputs: MultiBoxOutputs, size: tuple[int, int]) -> list[d
     # Imported by who detects: torchvision takes longer to import than torch itself.
     from torchvision.ops import batched_nms  # noqa: PLC0415
 
-    boxes_BP4 = decode(outputs.offsets.float(), outputs.defaults_cxcywh)
-    boxes_BP4 = boxes_BP4.clamp(0, INPUT_SIDE_PX)
+    boxes_BP4 = decode_boxes(outputs)
     scores_BKP = outputs.logits.float().softmax(-1)[..., 1:].transpose(1, 2)
     most = min(_CANDIDATES_PER_CLASS, scores_BKP.shape[2])
     scores_BKN, places_BKN = scores_BKP.topk(most, dim=2)
