@@ -177,6 +177,17 @@ def test_images_without_objects_cost_nothing_and_harm_nothing():
         assert (gradient[1] != 0).any()
 
 
+def test_a_single_match_of_many_ranks_counts_as_alone():
+    outputs = random_outputs(1, 3, 0)
+    target = BoxTarget(torch.tensor([[[10.0, 10, 12, 12]]]), torch.tensor([[0]]))
+    assert (match(*target, outputs.defaults_cxcywh) >= 0).sum() == 1
+    alone, eighth = (
+        multibox_loss(outputs, target, lambda count, by=ranks: count / by, negatives=3)["loss"]
+        for ranks in (1, 8)
+    )
+    assert eighth.item() / 8 == pytest.approx(alone.item(), rel=1e-6)
+
+
 def test_loss_in_half_precision_is_computed_in_single():
     outputs = random_outputs(2, 3, 0)
     target = random_target(2, 5, 3)

@@ -211,7 +211,9 @@ def _multibox_loss(
     classes = F.pad(target.labels[images[: len(numbers)], numbers] + 1, (0, len(rows)))
     weights = F.pad(is_scored.flatten().float(), (len(numbers), 0), value=1.0)
     losses = F.cross_entropy(logits[images, places].float(), classes, reduction="none")
-    positives = mean_over_ranks(is_matched.sum().float()).clamp(min=1.0)
+    # One in all of many ranks is a mean below 1; without any both sums are 0.
+    positives = mean_over_ranks(is_matched.sum().float())
+    positives = positives.where(positives > 0, 1.0)
     of_boxes = of_boxes / positives
     of_classes = (losses * weights).sum() / positives
     return {"loss": of_boxes + of_classes, "loss_boxes": of_boxes, "loss_classes": of_classes}
