@@ -307,6 +307,8 @@ def write_voc_files(
 ) -> None:
     """Write detections as VOC's development kit reads them: comp4_det_SPLIT_CLASS.txt a class.
 
+    A slash in the name of a class, which no name of a file may have, is %2F there.
+
     Args:
         folder: is made if need be.
         found: image n is that of `keys[n]`.
@@ -324,7 +326,7 @@ def write_voc_files(
             for n in order[borders[class_id] : borders[class_id + 1]]
         ]
         text = "".join(f"{line}\n" for line in lines)
-        write_text(folder / f"comp4_det_{split}_{name}.txt", text)
+        write_text(folder / f"comp4_det_{split}_{name.replace('/', '%2F')}.txt", text)
 
 
 def coco_results(
