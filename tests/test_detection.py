@@ -288,6 +288,8 @@ def test_segmenters_are_no_detectors(detecting: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_job(config, "finetune", "detector", detecting)
     params = detection_params()
-    params["finetune"]["task"] = "detecton"
-    with pytest.raises(ConfigError, match=r"task: expected segmentation or detection, found 'dete"):
-        load_config(write_params(detecting, params))
+    for task, found in (("detecton", "'detecton'"), (["detection"], r"\['detection'\]")):
+        params["finetune"]["task"] = task
+        message = rf"task: expected segmentation or detection, found {found}"
+        with pytest.raises(ConfigError, match=message):
+            load_config(write_params(detecting, params))

@@ -173,7 +173,8 @@ _FINETUNE: dict[str, type[BaseModel]] = {
 
 def _finetune_tag(section: Any) -> str | None:
     task = section.get("task", "segmentation") if isinstance(section, dict) else "segmentation"
-    return {"segmentation": "<segmenters>", "detection": "<detectors>"}.get(task)
+    tags = {"segmentation": "<segmenters>", "detection": "<detectors>"}
+    return tags.get(task) if isinstance(task, str) else None
 
 
 FinetuneConfig = FinetuneSegmenters | FinetuneDetectors
