@@ -282,6 +282,20 @@ def test_scores_are_those_of_one_rank_on_any_number(detecting: Path, world: int)
     assert detection_scores(together, count).metrics() == pytest.approx(alone, abs=1e-12)
 
 
+@pytest.mark.parametrize("key", ["augment.size", "validate_on.transform.size"])
+def test_sizes_that_no_detector_takes_are_refused_before_training(
+    detecting: Path, key: str
+) -> None:
+    params = detection_params()
+    section = params["finetune"]
+    for part in key.split(".")[:-1]:
+        section = section[part]
+    section["size"] = 320
+    config = load_config(write_params(detecting, params))
+    with pytest.raises(ConfigError, match=rf"finetune\.{key}: found 320, expected 300"):
+        plan_job(config, "finetune", "detector", detecting)
+
+
 def test_segmenters_are_no_detectors(detecting: Path) -> None:
     config = load_config(write_params(detecting, detection_params("segformer_b0")))
     message = r"runs\.detector\.model: found 'segformer_b0', expected a model for detection"

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from xattn.cluster.trainer import launch
-from xattn.config import Config, FinetuneConfig, PretrainConfig, RunConfig
+from xattn.config import Config, FinetuneConfig, FinetuneDetectors, PretrainConfig, RunConfig
 from xattn.data.index import ShardIndex
 from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.data.order import check_divides
@@ -37,6 +37,7 @@ from xattn.evaluate.inference import (
     score_segmentation,
 )
 from xattn.malloc import keep_freed_memory
+from xattn.models.multibox import INPUT_SIDE_PX
 from xattn.models.weights import WEIGHTS_SUFFIXES, load_weights, save_weights
 from xattn.models.zoo import create_recipe, list_models
 from xattn.places import run_dir, shards_dir
@@ -118,8 +119,9 @@ def plan_job(config: Config, stage: Stage, run: str, base: Path) -> tuple[TrainJ
     """Make the job of one run, and the document that its fingerprint is the hash of.
 
     Raises:
-        ConfigError: no run of that name in the section, a model for another task, a global batch
-            that the workers cannot share evenly, an `init` that names no weights.
+        ConfigError: no run of that name in the section, a model for another task, a size of images
+            that detectors do not take, a global batch that the workers cannot share evenly, an
+            `init` that names no weights.
         DataError: the shards are missing.
         CheckpointError: the initial weights are missing or damaged.
     """
@@ -139,6 +141,8 @@ def plan_job(config: Config, stage: Stage, run: str, base: Path) -> tuple[TrainJ
     if spec.model not in models:
         near = UnknownNameError(f"{recipe.task} model", spec.model, models)
         raise ConfigError(f"{section}.{run}.model: {near}")
+    if isinstance(recipe, FinetuneDetectors):
+        _check_sizes(recipe)
     if config.cluster.backend == "ray":
         check_divides(recipe.fit.global_batch, config.cluster.workers)
     shards = shards_dir(base, spec.dataset).resolve()
@@ -471,6 +475,20 @@ def _publish(job: TrainJob, state: State, scores: dict[str, float], wall_s: floa
         "weights_sha256": sha256_file(weights),
     }
     write_json(job.final_dir / "summary.json", summary)
+
+
+def _check_sizes(recipe: FinetuneDetectors) -> None:
+    """Raise a ConfigError for what the first step, or only the first validation, would stop at."""
+    sizes = {
+        "augment.size": recipe.augment.size,
+        "validate_on.transform.size": recipe.validate_on.transform.size,
+    }
+    for key, size in sizes.items():
+        if size != INPUT_SIDE_PX:
+            raise ConfigError(
+                f"finetune.{key}: found {size}, expected {INPUT_SIDE_PX}, which the default boxes "
+                "are made for"
+            )
 
 
 def _resolve_init(init: str, base: Path, key: str) -> Path | None:
