@@ -1,6 +1,7 @@
 """Detectors through the pipeline: boxes in batches, training on two ranks, scores and pictures."""
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -29,6 +30,7 @@ from xattn.errors import ConfigError, DamageError, DataError
 from xattn.evaluate.detection import SeenImage, coco_scores, detection_scores
 from xattn.evaluate.inference import score_detection
 from xattn.experiment import plan_job, run_training
+from xattn.scoring import write_detections
 from xattn.structures import Box, BoxTarget, DatasetInfo, Recipe, Sample
 from xattn.train.history import read_history
 
@@ -280,6 +282,26 @@ def test_scores_are_those_of_one_rank_on_any_number(detecting: Path, world: int)
     assert len(parts) == world
     together = [image for part in reversed(parts) for image in part]
     assert detection_scores(together, count).metrics() == pytest.approx(alone, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (("000000000042", "COCO_val2014_000000000007"), [42, 7]),
+        (("my photo", "000000000007"), [1, 2]),
+        (("a_7", "b_07"), [1, 2]),
+    ],
+)
+def test_ids_are_cocos_where_all_names_are(
+    tmp_path: Path, keys: tuple[str, ...], expected: list[int]
+) -> None:
+    images = [seen(key, [[0, 0, 9, 9]], (Box(0, 0, 0, 9, 9),)) for key in keys]
+    names = tuple(f"class {number}" for number in range(80))
+    coco = dataclasses.replace(INFO, name="coco", class_names=names, palette=((0, 0, 0),) * 80)
+    write_detections(tmp_path, images, coco, "val")
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["image_id"] for row in rows] == expected
+    assert coco_scores(tmp_path / "truth.json", rows)["AP50"] == 1
 
 
 @pytest.mark.parametrize("key", ["augment.size", "validate_on.transform.size"])

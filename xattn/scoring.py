@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -144,8 +145,8 @@ def write_detections(
     """Write what a detector found for the tools of COCO and of VOC.
 
     results.json is a COCO results file, truth.json the instances file that it belongs to; of the
-    data set coco itself they have COCO's own ids, others number images and classes from 1.
-    comp4_det_SPLIT_CLASS.txt are VOC's.
+    data set coco itself they have COCO's own ids, others number images and classes from 1, as do
+    those of coco's images whose names are not COCO's. comp4_det_SPLIT_CLASS.txt are VOC's.
 
     Args:
         folder: is made if need be.
@@ -155,9 +156,11 @@ def write_detections(
     """
     is_coco = info.name == "coco"
     categories = COCO_CATEGORY_IDS if is_coco else range(1, info.num_classes + 1)
-    numbers = [
-        int(image.key.rsplit("_", 1)[-1]) if is_coco else n for n, image in enumerate(images, 1)
-    ]
+    numbers = list(range(1, len(images) + 1))
+    ends = [image.key.rsplit("_", 1)[-1] for image in images]
+    if is_coco and all(re.fullmatch("[0-9]+", end) for end in ends):
+        ids = [int(end) for end in ends]
+        numbers = ids if len(set(ids)) == len(ids) else numbers
     found = found_in([image.found for image in images])
     truth = coco_truth(images, numbers, dict(zip(categories, info.class_names, strict=True)))
     write_json(folder / "truth.json", truth)
