@@ -82,3 +82,36 @@ def test_frozen_parameters_are_left_out() -> None:
     model.bias.requires_grad_(requires_grad=False)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 1
+
+
+def test_steps_of_the_rate() -> None:
+    config = OptimConfig(
+        lr=1e-3, schedule="step", milestones=(3, 5), warmup_steps=2, warmup_start=0.5
+    )
+    rates = [lr_at(step, 8, config) for step in range(7)]
+    assert rates == pytest.approx([5e-4, 7.5e-4, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+    with pytest.raises(ValueError, match=r"found \[3\] with schedule 'poly', expected some with"):
+        OptimConfig(lr=1e-3, milestones=(3,))
+    with pytest.raises(ValueError, match=r"found \[\] with schedule 'step'"):
+        OptimConfig(lr=1e-3, schedule="step")
+
+
+def test_sgd_is_torch_s() -> None:
+    config = OptimConfig(
+        optimizer="sgd", lr=0.1, momentum=0.5, weight_decay=0.2, head_lr_multiplier=3.0
+    )
+    model = nn.ModuleDict({"head": nn.Linear(2, 1), "norm": nn.Linear(2, 1)})
+    optimizer = build_optimizer(model, config)
+    assert isinstance(optimizer, torch.optim.SGD)
+    apply_lr(optimizer, 0.1)
+    by_rate = {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert by_rate == {(pytest.approx(0.3), 0.2), (0.1, 0.0)}
+    weight = model["head"].weight
+    start = weight.detach().clone()
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    first = 1 + 0.2 * start
+    moved = start - 0.3 * first
+    expected = moved - 0.3 * (0.5 * first + 1 + 0.2 * moved)
+    torch.testing.assert_close(weight.detach(), expected)

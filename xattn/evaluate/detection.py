@@ -371,7 +371,7 @@ def coco_truth(
             "image_id": image_id,
             "category_id": category_ids[box.class_id],
             "bbox": [box.x1, box.y1, box.x2 - box.x1, box.y2 - box.y1],
-            "area": box.area or (box.x2 - box.x1) * (box.y2 - box.y1),
+            "area": (box.x2 - box.x1) * (box.y2 - box.y1) if box.area is None else box.area,
             "iscrowd": int(box.crowd),
         }
         for image_id, image in zip(image_ids, images, strict=True)

@@ -9,10 +9,10 @@ A learning rate that is computed from the step needs no state in the checkpoint.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 _FALL = 0.1
@@ -59,6 +59,15 @@ class OptimConfig(BaseModel):
     head_lr_multiplier: float = Field(default=1.0, gt=0)
     no_decay: tuple[str, ...] = ("norm",)
     decay_vectors: bool = True
+
+    @model_validator(mode="after")
+    def _check_milestones(self) -> Self:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"milestones: found {list(self.milestones)} with schedule '{self.schedule}', "
+                "expected some with 'step' and none with another"
+            )
+        return self
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
