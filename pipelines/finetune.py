@@ -1,4 +1,4 @@
-"""Stage `finetune`: a segmentation model is trained, from a pretrained backbone or from scratch.
+"""Stage `finetune`: a segmenter or detector is trained, from a pretrained backbone or from scratch.
 
 Run by DVC: python -m pipelines.finetune RUN
 """

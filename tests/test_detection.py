@@ -21,6 +21,7 @@ from pipelines.predict import predict_images
 from pipelines.shard import shard
 from tests.conftest import small_params, write_params
 from tests.raw_files import write_samples
+from tests.test_stages import STAGES
 from tests.test_training import run_ranks
 from xattn.config import load_config
 from xattn.data.augment_detection import DetectionAugment, DetectionEval
@@ -203,6 +204,8 @@ def test_a_detector_is_trained_scored_and_shown(detecting: Path) -> None:
     assert all(0 <= metrics[name] <= 1 for name in ("mAP_50", "mAP_50_11", "AP"))
     folder = detecting / "results/evaluate/detector"
     rows = list(csv.DictReader((folder / "per_class.csv").read_text().splitlines()))
+    (plot,) = STAGES["evaluate"]["do"]["plots"][0].values()
+    assert {plot["x"], plot["y"]} <= rows[0].keys(), "what `dvc plots show` draws"
     objects = sum(
         len(batch.objects[0])
         for batch in build_eval_loader(

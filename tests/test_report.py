@@ -87,7 +87,7 @@ def add_evaluation(root, run, value, task="segmentation"):
         write_csv(folder / "per_class.csv", [["class", "id", "accuracy", "images"], *rows])
         return folder
     rows = [[NAMES[0], 0, value, 0.9, 100], [NAMES[1], 1, 0.25, 0.5, 300], [NAMES[2], 2, "", "", 0]]
-    write_csv(folder / "per_class.csv", [["class", "id", "iou", "accuracy", "pixels"], *rows])
+    write_csv(folder / "per_class.csv", [["class", "id", "score", "accuracy", "pixels"], *rows])
     truth = np.zeros((24, 32), np.uint8)
     truth[:, 16:] = 1
     prediction = truth.copy()
@@ -137,7 +137,7 @@ def add_detector(root, run, value, model="ssd300", **figures):
     }
     (folder / "metrics.json").write_text(json.dumps(card))
     rows = [[NAMES[0], 0, value, value, 20], [NAMES[1], 1, 0.25, 0.3, 5], [NAMES[2], 2, "", "", 0]]
-    write_csv(folder / "per_class.csv", [["class", "id", "ap", "ap_11", "objects"], *rows])
+    write_csv(folder / "per_class.csv", [["class", "id", "score", "ap_11", "objects"], *rows])
     pictures = folder / "pictures"
     Image.new("RGB", (32, 24), (90, 120, 60)).save(pictures / "key-1.image.jpg")
     (pictures / "key-1.truth.json").write_text(json.dumps(TRUTH))
@@ -656,7 +656,7 @@ def test_detectors_stand_beside_the_printed_ones(tmp_path):
     add_run(tree, "unseen", model="ssd300", task="detection")
     edit_json(tree / "finetune/shallow/model.json", "dataset", "voc0712")
     rows = [["bird", 0, 0.123, 0.1, 4], ["cow", 1, "", "", 0]]
-    write_csv(folder / "per_class.csv", [["class", "id", "ap", "ap_11", "objects"], *rows])
+    write_csv(folder / "per_class.csv", [["class", "id", "score", "ap_11", "objects"], *rows])
     text = page.write_report(tree, tmp_path / "out", "T").read_text(encoding="utf-8")
     table = text[text.index('id="papers"') : text.index('id="provenance"')]
     cells = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr")]

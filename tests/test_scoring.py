@@ -171,7 +171,7 @@ def test_the_plain_protocol_leaves_nothing_new(model_dir: Path, shards: Path) ->
     assert set(metrics) == {*names.split(), "images_per_s", "device"}
     assert metrics["protocol"] == "whole image, single scale (multiple 32)"
     header = (model_dir / "out" / "per_class.csv").read_text().splitlines()[0]
-    assert header == "class,id,iou,accuracy,pixels"
+    assert header == "class,id,score,accuracy,pixels"
 
 
 def test_a_full_protocol_is_stated_and_measured(model_dir: Path, shards: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_full_protocol_is_stated_and_measured(model_dir: Path, shards: Path) -
         rows = list(csv.DictReader(file))
     f = [float(row["boundary_F_0.02"]) for row in rows]
     assert metrics["boundary_F"] == pytest.approx(np.mean(f), abs=2e-6)
-    iou = [float(row["iou"]) for row in rows[:2] if row["iou"]]
+    iou = [float(row["score"]) for row in rows[:2] if row["score"]]
     assert metrics["mIoU_small"] == pytest.approx(np.mean(iou), abs=2e-6)
     assert 0 <= metrics["boundary_F_40x60"] <= 1
     assert 0 <= metrics["image_boundary_F"] <= 1

@@ -169,14 +169,18 @@ def write_detections(
 
 
 def per_class_csv(scores: Scores, class_names: tuple[str, ...]) -> str:
-    """Return one line a class; a score that does not exist is left blank."""
+    """Return one line a class; a score that does not exist is left blank.
+
+    The first is called "score" of segmenters (IoU) and of detectors (AP at IoU 0.5, area): the
+    stage `evaluate` plots it of either.
+    """
     columns: list[list[float]]
     if isinstance(scores, DetectionScores):
-        header = ["class", "id", "ap", "ap_11", "objects"]
+        header = ["class", "id", "score", "ap_11", "objects"]
         voc = scores.voc
         columns = [voc.ap_area.tolist(), voc.ap_11.tolist(), voc.objects.tolist()]
     elif isinstance(scores, SegmentationScores):
-        header = ["class", "id", "iou", "accuracy", "pixels"]
+        header = ["class", "id", "score", "accuracy", "pixels"]
         columns = [scores.iou.tolist(), scores.accuracy.tolist(), scores.pixels.tolist()]
         for threshold, f in scores.boundary.f.items() if scores.boundary else ():
             header.append(f"boundary_F_{threshold:g}")

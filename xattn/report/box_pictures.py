@@ -75,7 +75,7 @@ def _read(
             raise ValueError("a corner is not a finite number")
         if len(unknown := labels[(labels < 0) | (labels >= num_classes)]):
             raise ValueError(f"class_id is {unknown[0]}, expected 0..{num_classes - 1}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(
             f"{path}: not a file of boxes ({type(error).__name__}: {error}); repeat `dvc repro`"
         ) from None

@@ -19,6 +19,11 @@ from xattn.storage import write_text
 MAX_BARS = 200
 """Classes up to which bars are drawn; beyond, the table has to do."""
 
+_CLASS_SCORE_WORDS = {
+    "segmentation": "IoU",
+    "classification": "accuracy",
+    "detection": "AP at IoU 0.5",
+}
 _STAGE_WORDS = {"finetune": "fine-tuned", "pretrain": "pretrained"}
 
 
@@ -140,8 +145,8 @@ def _classes(
         entry["share"] = entry["support"] / total
         entry["best"] = max((v for v in entry["scores"] if v is not None), default=None)
     rows = sorted(scores.values(), key=lambda row: -_mean(row["scores"]))
-    score, support = tables.CLASS_COLUMNS[runs[0].card["task"]]
-    words = {"iou": "IoU", "accuracy": "accuracy", "ap": "AP at IoU 0.5"}[score]
+    task = runs[0].card["task"]
+    words = _CLASS_SCORE_WORDS[task]
     bars = [
         figures.Bars(run.name, index[run.stage, run.name], [row["scores"][i] for row in rows])
         for i, run in enumerate(runs)
@@ -153,7 +158,7 @@ def _classes(
     return {
         "class_rows": rows,
         "class_words": words,
-        "support_words": support,
+        "support_words": tables.CLASS_COLUMNS[task][1],
         "class_bars": [Markup(svg) for svg in drawn],
     }
 

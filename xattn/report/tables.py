@@ -35,9 +35,9 @@ HEADLINE = {"segmentation": "mIoU", "classification": "top1", "detection": "mAP_
 """The metric that a task is judged by."""
 
 CLASS_COLUMNS = {
-    "segmentation": ("iou", "pixels"),
+    "segmentation": ("score", "pixels"),
     "classification": ("accuracy", "images"),
-    "detection": ("ap", "objects"),
+    "detection": ("score", "objects"),
 }
 """The score and support columns of a task's per_class.csv."""
 
