@@ -220,7 +220,7 @@ FAULTS = {
     "range": ("evaluate/plain/metrics.json", lambda p: edit_json(p, "mIoU", 51.2), "0..1"),
     "blank id": (
         "evaluate/plain/per_class.csv",
-        lambda p: p.write_text("class,id,iou,pixels\nsky,,0.5,3\n"),
+        lambda p: p.write_text("class,id,score,pixels\nsky,,0.5,3\n"),
         "line 2: id is ''",
     ),
     "picture": (
