@@ -29,7 +29,7 @@ from xattn.data.loader import build_eval_loader, build_train_loader, decode_imag
 from xattn.data.shards import write_shards
 from xattn.data.stored import ShardSettings
 from xattn.data.transforms import ClassificationAugment, SegmentationAugment
-from xattn.malloc import keep_freed_memory
+from xattn.memory import keep_freed_memory
 from xattn.structures import DatasetInfo
 
 _SIZE = (500, 375)  # (width, height) px: ImageNet's usual

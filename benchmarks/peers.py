@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from xattn.errors import XattnError
-from xattn.malloc import keep_freed_memory
+from xattn.memory import keep_freed_memory
 
 Turn = Callable[[], dict[str, float]]
 """Takes a turn and returns what it measured."""

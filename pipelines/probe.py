@@ -11,7 +11,7 @@ from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.errors import ConfigError, DataError
 from xattn.evaluate.probing import ProbeScore, train_probes
 from xattn.experiment import loader_threads
-from xattn.malloc import keep_freed_memory
+from xattn.memory import keep_freed_memory
 from xattn.places import shards_dir
 from xattn.predictor import load_predictor
 from xattn.report.figures import ProbeLine, probe_curves

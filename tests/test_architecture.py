@@ -19,7 +19,7 @@ FILES = sorted(
 
 # A room may import from its own row and from the rows above it.
 LAYERS = [
-    {"xattn/errors.py", "xattn/structures.py", "xattn/malloc.py"},
+    {"xattn/errors.py", "xattn/structures.py", "xattn/memory.py"},
     {"xattn/storage.py", "xattn/remote.py"},
     {"xattn/places.py"},
     {"xattn/data", "xattn/nn", "xattn/losses.py"},

@@ -1,5 +1,7 @@
 """The command line as a user meets it: output, exit codes, one line for what can be mended."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -9,13 +11,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cli
 from tests.conftest import PROJECT, small_params, write_params
 
 
-def xattn(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def spawn(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does."""
     command = [sys.executable, str(PROJECT / "cli.py"), *words]
     return subprocess.run(
         command, check=False, capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+
+
+def xattn(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, to the same end: a new one takes seconds to import torch."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", ["xattn", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return subprocess.CompletedProcess(
+        ["xattn", *words], int(end.value.code or 0), stdout.getvalue(), stderr.getvalue()
     )
 
 
@@ -30,7 +51,7 @@ def fault(*words: str, cwd: Path) -> str:
 
 
 def test_models_state_the_numbers_of_the_spec() -> None:
-    cards = {card["name"]: card for card in json.loads(xattn("models", "--json").stdout)}
+    cards = {card["name"]: card for card in json.loads(spawn("models", "--json").stdout)}
     assert cards["segformer_b0"]["params"] == 3_752_694
     # 4,178,102 in the reference, which keeps two position vectors of 16 in each of two attentions
     assert cards["hila_segformer_b0_s3"]["params"] == 4_178_102 - 2 * 16
@@ -62,7 +83,6 @@ def test_listings(project: Path) -> None:
 def test_initial_weights_tell_what_became_of_them(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import cli
     from xattn.config import load_config
     from xattn.experiment import run_training
     from xattn.models.weights import save_weights
@@ -114,7 +134,7 @@ def test_train_evaluate_predict_report(project: Path) -> None:
     rng = np.random.default_rng(0)
     for name, size in (("a", (70, 90)), ("b", (33, 41))):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(photos / f"{name}.png")
-    done = xattn("predict", "segmenter", str(photos), "--out", "seen", cwd=project)
+    done = spawn("predict", "segmenter", str(photos), "--out", "seen", cwd=project)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "quiet where nobody looks"
     assert "would overwrite" in fault(
@@ -170,9 +190,10 @@ def test_attention_and_probe(project: Path) -> None:
 
 
 def test_faults_are_one_line(project: Path) -> None:
-    assert "unknown run 'segmentr'; did you mean 'segmenter'" in fault(
-        "train", "segmentr", cwd=project
-    )
+    mistyped = fault("train", "segmentr", cwd=project)
+    assert "unknown run 'segmentr'; did you mean 'segmenter'" in mistyped
+    alone = spawn("train", "segmentr", cwd=project)
+    assert (alone.returncode, alone.stderr.strip()) == (1, mistyped), "as in a process of its own"
     assert "no trained run 'segmenter'" in fault("evaluate", "segmenter", cwd=project)
     assert "did you mean 'demo'" in fault("preset", "use", "dmo", cwd=project)
     assert "has changes of yours" in fault("preset", "use", "demo", cwd=project)

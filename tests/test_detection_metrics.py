@@ -219,9 +219,10 @@ def test_files_for_other_tools(tmp_path):
 
 def test_a_slash_in_the_name_of_a_class_leads_to_no_other_folder(tmp_path):
     found = found_in([detections((0, 0.5, 0, 0, 4, 4))])
-    write_voc_files(tmp_path / "found", found, ["a"], ["../up/er"], "test")
+    write_voc_files(tmp_path / "found", found, ["a b"], ["../up/er"], "test")
     assert [path.name for path in tmp_path.rglob("*.txt")] == ["comp4_det_test_..%2Fup%2Fer.txt"]
-    assert (tmp_path / "found" / "comp4_det_test_..%2Fup%2Fer.txt").is_file()
+    line = (tmp_path / "found" / "comp4_det_test_..%2Fup%2Fer.txt").read_text()
+    assert line.split()[:2] == ["a%20b", "0.500000"], "six words, as VOC's tools read them"
 
 
 # ---- reference results

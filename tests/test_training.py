@@ -16,6 +16,7 @@ from xattn.config import load_config
 from xattn.data.index import ShardIndex
 from xattn.errors import CapacityError, CheckpointError, ConfigError, DamageError, XattnError
 from xattn.experiment import TrainJob, plan_job, run_training
+from xattn.memory import memory_in_words
 from xattn.structures import Progress
 from xattn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from xattn.train.distributed import resolve_device
@@ -148,6 +149,25 @@ def test_diverging_run_stops_and_says_where(project: Path) -> None:
     write_params(project, params)
     with pytest.raises(DivergedError, match=r"between steps \d and \d at a learning rate of"):
         train(project)
+
+
+def test_one_image_for_a_batchnorm_behind_one_cell(project: Path) -> None:
+    params = small_params()
+    params["finetune"]["fit"]["global_batch"] = 1
+    params["runs"]["segmenter"] |= {"model": "upernet_swin_t", "overrides": {"head_width": 8}}
+    write_params(project, params)
+    with pytest.raises(
+        ConfigError, match=r"^fit\.global_batch: found 1, 1 on a worker, expected 2"
+    ):
+        train(project)
+
+
+def test_more_than_the_memory_holds_is_one_line() -> None:
+    message = r"^evaluate\.batch: found 8: does not fit the memory; lower it \(.*bytes"
+    with pytest.raises(CapacityError, match=message), memory_in_words("evaluate.batch: found 8"):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="shapes"), memory_in_words("evaluate.batch: found 8"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
 
 
 def test_global_batch_that_workers_cannot_share(project: Path) -> None:

@@ -36,7 +36,7 @@ from xattn.evaluate.inference import (
     score_detection,
     score_segmentation,
 )
-from xattn.malloc import keep_freed_memory
+from xattn.memory import keep_freed_memory, memory_in_words
 from xattn.models.multibox import INPUT_SIDE_PX
 from xattn.models.weights import WEIGHTS_SUFFIXES, load_weights, save_weights
 from xattn.models.zoo import create_recipe, list_models
@@ -412,7 +412,8 @@ class _Observer:
             self._logger.close()
 
     def _validate(self, state: State) -> None:
-        scores = validate(self._job, self._index, self._recipe, self._ranks)
+        with memory_in_words(f"validate_on.batch: found {self._job.recipe.validate_on.batch}"):
+            scores = validate(self._job, self._index, self._recipe, self._ranks)
         state.model.train()
         self.scores = dict(metrics_of(scores))
         name = HEADLINE[self._recipe.task]

@@ -44,7 +44,7 @@ from xattn.evaluate.inference import (
     score_segmentation,
 )
 from xattn.evaluate.segmentation import DISTANCE_CROP_UP_PX, SegmentationScores
-from xattn.malloc import keep_freed_memory
+from xattn.memory import keep_freed_memory, memory_in_words
 from xattn.models.pyramid import COARSEST_STRIDE
 from xattn.predictor import Predictor, Transform, load_predictor
 from xattn.storage import read_json, refused_disk, write_atomic, write_json, write_text
@@ -113,12 +113,13 @@ def evaluate_model(
             seen.extend(prediction)
         watch.add(len(batch.keys))
 
-    scores = _score(predictor, index, config, on_batch)
-    images, rate = watch.done, watch.rate
+    with memory_in_words(f"evaluate.batch: found {config.batch}"):
+        scores = _score(predictor, index, config, on_batch)
+        images, rate = watch.done, watch.rate
+        second = None if again is None else _score_again(predictor, index, config, again, watch)
     pictures.keep_attention(predictor)
     named = _metrics(scores, small_ids)
-    if again is not None:
-        second = _score_again(predictor, index, config, again, watch)
+    if second is not None:
         named |= {f"{name}_ms": value for name, value in _metrics(second, small_ids).items()}
     metrics = {
         "run": card["run"],

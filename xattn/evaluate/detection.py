@@ -307,7 +307,8 @@ def write_voc_files(
 ) -> None:
     """Write detections as VOC's development kit reads them: comp4_det_SPLIT_CLASS.txt a class.
 
-    A slash in the name of a class, which no name of a file may have, is %2F there.
+    A slash in the name of a class, which no name of a file may have, is %2F there, and a space in
+    the name of an image, which would end it, %20.
 
     Args:
         folder: is made if need be.
@@ -321,7 +322,7 @@ def write_voc_files(
     borders = np.searchsorted(found.labels[order], np.arange(len(class_names) + 1))
     for class_id, name in enumerate(class_names):
         lines = [
-            f"{keys[found.images[n]]} {found.scores[n]:.6f} "
+            f"{keys[found.images[n]].replace(' ', '%20')} {found.scores[n]:.6f} "
             + " ".join(f"{corner:.6f}" for corner in corners[n])
             for n in order[borders[class_id] : borders[class_id + 1]]
         ]

@@ -7,8 +7,8 @@ and goes on from its state is the run that never stopped.
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from xattn.errors import XattnError
+from xattn.errors import ConfigError, XattnError
+from xattn.memory import memory_in_words
 from xattn.structures import Batch, Recipe
 from xattn.train.distributed import Ranks, mean_over_ranks
 from xattn.train.optim import OptimConfig, apply_lr, lr_at
@@ -123,6 +124,8 @@ def fit(
 
     Raises:
         DivergedError: the loss became infinite or no number.
+        CapacityError: a worker's images do not fit its memory.
+        ConfigError: they are too few for a BatchNorm of the model.
     """
     state.model.train()
     window = _Window(config.global_batch, ranks)
@@ -131,11 +134,28 @@ def fit(
         lr = lr_at(state.step, config.steps, optim)
         apply_lr(state.optimizer, lr)
         on_device = batch.to(ranks.device, config.channels_last)
-        window.add(train_step(state, on_device, recipe, config, ranks))
+        with _batch_in_words(config.global_batch, len(batch.images)):
+            losses = train_step(state, on_device, recipe, config, ranks)
+        window.add(losses)
         if state.step % config.log_every_steps == 0 or state.step == config.steps:
             on_log(window.close(state.step, lr))
         after_step(state)
         window.forget_pause()
+
+
+@contextmanager
+def _batch_in_words(global_batch: int, own: int) -> Iterator[None]:
+    """Make one line of what torch says of a batch that is too large or too small."""
+    found = f"fit.global_batch: found {global_batch}, {own} on a worker"
+    try:
+        with memory_in_words(found):
+            yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"{found}, expected 2 or more: this model has a BatchNorm behind a map of one cell"
+        ) from error
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
