@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONUNBUFFERED := 1
+# Each stage is a process: without bytecode on disk every one would compile torch anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test check format bench lock clean
 
