@@ -28,6 +28,7 @@ LAYERS = [
     {"xattn/cluster", "xattn/tracking.py", "xattn/report"},
     {"xattn/config.py"},
     {"xattn/predictor.py"},
+    {"xattn/job.py"},
     {"xattn/experiment.py", "xattn/scoring.py"},
     {"xattn/results.py"},
     {"pipelines"},

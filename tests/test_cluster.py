@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import PROJECT, small_params, write_params
 from xattn.config import load_config
-from xattn.experiment import plan_job
+from xattn.job import plan_job
 from xattn.train.history import read_history
 
 pytestmark = pytest.mark.cluster

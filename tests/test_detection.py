@@ -30,7 +30,8 @@ from xattn.data.loader import build_eval_loader, build_train_loader
 from xattn.errors import ConfigError, DamageError, DataError
 from xattn.evaluate.detection import SeenImage, coco_scores, detection_scores
 from xattn.evaluate.inference import score_detection
-from xattn.experiment import plan_job, run_training
+from xattn.experiment import run_training
+from xattn.job import plan_job
 from xattn.scoring import write_detections
 from xattn.structures import Box, BoxTarget, DatasetInfo, Recipe, Sample
 from xattn.train.history import read_history

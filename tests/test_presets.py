@@ -35,7 +35,7 @@ from xattn.errors import XattnError
 from xattn.evaluate.cost import ShapesOnly
 from xattn.evaluate.detection import COCO_CATEGORY_IDS
 from xattn.evaluate.inference import HEADLINE
-from xattn.experiment import SCRATCH, Stage
+from xattn.job import SCRATCH, Stage
 from xattn.models.weights import load_weights, save_weights
 from xattn.models.zoo import create_model, model_card
 from xattn.nn.blocks import DropPath

@@ -15,7 +15,8 @@ from tests.conftest import small_params, write_params
 from xattn.config import load_config
 from xattn.data.index import ShardIndex
 from xattn.errors import CapacityError, CheckpointError, ConfigError, DamageError, XattnError
-from xattn.experiment import TrainJob, plan_job, run_training
+from xattn.experiment import run_training
+from xattn.job import TrainJob, plan_job
 from xattn.memory import memory_in_words
 from xattn.structures import Progress
 from xattn.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint

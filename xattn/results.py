@@ -12,7 +12,8 @@ from xattn.data.index import ShardIndex
 from xattn.errors import ConfigError
 from xattn.evaluate.cost import count_macs, count_params
 from xattn.evaluate.inference import HEADLINE
-from xattn.experiment import Stage, TrainJob, plan_job, run_training
+from xattn.experiment import run_training
+from xattn.job import Stage, TrainJob, plan_job
 from xattn.models.zoo import create_recipe
 from xattn.places import results_dir
 from xattn.storage import copy_atomic, read_json, sha256_file, write_json, write_text
