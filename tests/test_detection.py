@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ STILL = DetectionAugment(size=40, photometric=False, zoom_out=0.0, min_ious=(), 
 def jpeg(height: int, width: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((height, width, 3), 99, np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def noise(rng: np.random.Generator, side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
@@ -226,7 +233,23 @@ def test_a_detector_is_trained_scored_and_shown(detecting: Path) -> None:
 
 
 def test_two_ranks_detect_as_one(detecting: Path) -> None:
-    config = load_config(detecting / "params.yaml")
+    # From weights that find something: after 24 steps, objects as large as their images.
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in range(12):
+        box = Box(number % 2, *rng.uniform(0, 4, 2).tolist(), *rng.uniform(60, 64, 2).tolist())
+        samples.append(Sample(f"{number}", noise(rng, 64), "jpg", "raw", boxes=(box,)))
+    shutil.rmtree(shards := detecting / "data/shards/objects")
+    write_samples(shards, INFO, {"train": samples, "val": samples[:5]})
+    params = detection_params()
+    params["finetune"]["fit"]["steps"] = 24
+    params["finetune"]["optim"] |= {"lr": 1e-2, "milestones": [20]}
+    config = load_config(write_params(detecting, params))
+    before = run_training(config, "finetune", "detector", detecting, lambda _progress: None)
+    shutil.copy(before.final_dir / "model.safetensors", detecting / "first.safetensors")
+    params = detection_params()
+    params["runs"]["detector"]["init"] = "first.safetensors"
+    config = load_config(write_params(detecting, params))
     alone = run_training(config, "finetune", "detector", detecting, lambda _progress: None)
     expected = read_history(alone.run_dir / "history.jsonl")
     first = load_file(alone.final_dir / "model.safetensors")
@@ -241,6 +264,7 @@ def test_two_ranks_detect_as_one(detecting: Path) -> None:
         [row["val_metric"] for row in rows if "val_metric" in row] for rows in (expected, together)
     )
     assert len(one) == 2
+    assert 0.1 < one[0] < 1
     assert two == pytest.approx(one, abs=1e-6)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)
