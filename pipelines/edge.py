@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from xattn.errors import XattnError
 from xattn.structures import Progress
 
+_INTERRUPTED = 130
+
 
 def run_to_exit(command: Callable[[], object]) -> None:
     """Run a command; a fault that the user can mend ends it with one line and no traceback.
@@ -22,7 +24,11 @@ def run_to_exit(command: Callable[[], object]) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # typer makes this of Ctrl-C, without a word
+            print("interrupted", file=sys.stderr)
+        raise
 
 
 @contextmanager

@@ -52,6 +52,14 @@ def test_small_pictures_are_enlarged_and_their_boxes_with_them():
     assert np.argwhere(is_colour(picture, 0)).min(0).tolist() == [60, 120]
 
 
+@pytest.mark.parametrize(("height", "width", "factor"), [(6000, 1, 1), (1200, 4, 3), (1, 6000, 1)])
+def test_pictures_are_enlarged_to_a_bounded_height(height, width, factor):
+    picture = drawn([[0, 0, width, height]], [1], [0.9], np.zeros((height, width, 3), np.uint8))
+    assert picture.shape[1] == max(480, width * factor), "the legend has room"
+    assert 0 < picture.shape[0] - height * factor < 100, "the legend"
+    assert is_colour(picture, 1)[height * factor // 2, 0]
+
+
 def test_the_better_score_lies_on_top_and_without_scores_the_smaller_box():
     crossing = [[100, 100, 200, 200], [150, 50, 260, 160]]
     assert is_colour(bare(crossing, [0, 1], [0.9, 0.4]), 0)[100, 150]

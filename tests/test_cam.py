@@ -214,6 +214,15 @@ def test_the_sheet_has_a_panel_a_level_and_one_for_their_mean() -> None:
     assert ", detection 2: " in words
 
 
+def test_a_sheet_of_a_narrow_image_is_no_higher_than_others() -> None:
+    image = np.full((1200, 4, 3), 100, np.uint8)
+    detections = Detections(np.array([[0.0, 0, 4, 600]]), np.array([1]), np.ones(1), NAMES, PALETTE)
+    values = np.ones((1200, 4), np.float32)
+    sheet = draw_cam_sheet(image, detections, [("level 1", values)], ["about"])
+    assert sheet.width < 1000
+    assert sheet.height < 1200
+
+
 def test_panels_are_grey_where_the_map_is_zero_and_boxes_stand_on_the_image() -> None:
     image = np.full((480, 480, 3), 100, np.uint8)
     values = np.zeros((480, 480), np.float32)

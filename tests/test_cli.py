@@ -142,11 +142,26 @@ def test_train_evaluate_predict_report(project: Path) -> None:
     )
     assert sorted(path.name for path in (project / "seen").iterdir()) == ["a.png", "b.png"]
 
+    (photos / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x04IHDR\0\0\0\x08....")
+    broken = fault("predict", "segmenter", str(photos), "--out", "seen", cwd=project)
+    assert "cut.png: cannot be read as an image (Truncated IHDR chunk)" in broken
+
     done = xattn("report", cwd=project)
     assert done.returncode == 0, done.stderr
     assert "segmenter" in done.stdout
     page = (project / "results/report/report.html").read_text()
     assert "segmenter" in page
+
+
+def test_ctrl_c_is_one_word(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xattn.scoring._score", press)
+    assert xattn("train", "segmenter", cwd=project).returncode == 0
+    done = xattn("evaluate", "segmenter", cwd=project)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert not list((project / "results/evaluate").glob(".*.partial"))
 
 
 def test_attention_and_probe(project: Path) -> None:

@@ -34,6 +34,7 @@ from xattn.evaluate.inference import score_detection
 from xattn.experiment import run_training
 from xattn.job import plan_job
 from xattn.scoring import write_detections
+from xattn.storage import alone_in
 from xattn.structures import Box, BoxTarget, DatasetInfo, Recipe, Sample
 from xattn.train.history import read_history
 
@@ -344,6 +345,40 @@ def test_sizes_that_no_detector_takes_are_refused_before_training(
     config = load_config(write_params(detecting, params))
     with pytest.raises(ConfigError, match=rf"finetune\.{key}: found 320, expected 300"):
         plan_job(config, "finetune", "detector", detecting)
+
+
+def test_what_evaluation_cannot_do_is_told_before_it_starts(detecting: Path) -> None:
+    finetune("detector", detecting)
+    evaluate("detector", detecting)
+    kept = sorted((detecting / "results/evaluate/detector/pictures").iterdir())
+    with pytest.raises(DataError, match=r"params\.yaml.*"):
+        evaluate("detector", detecting, detections=detecting / "params.yaml")
+    with (
+        alone_in(detecting / "results/evaluate/detector"),
+        pytest.raises(DataError, match="another process is writing it"),
+    ):
+        evaluate("detector", detecting)
+    params = detection_params()
+    params["evaluate"]["detection"] = {"size": 512}
+    write_params(detecting, params)
+    with pytest.raises(ConfigError, match=r"^evaluate\.detection\.size: found 512, expected 300"):
+        evaluate("detector", detecting)
+    assert sorted((detecting / "results/evaluate/detector/pictures").iterdir()) == kept
+    assert not list((detecting / "results/evaluate").glob(".*.partial"))
+
+
+@pytest.mark.parametrize(("split", "key"), [("train", "train_split"), ("val", "validate_on.split")])
+def test_a_split_without_objects_is_told_before_training(
+    detecting: Path, split: str, key: str
+) -> None:
+    boxes = (Box(0, 1, 1, 9, 9, difficult=True), Box(1, 0, 0, 10, 30, crowd=True))
+    nothing = [SAMPLES[2], Sample("d", jpeg(30, 10), "jpg", "raw", boxes=boxes)]
+    shutil.rmtree(shards := detecting / "data/shards/objects")
+    write_samples(shards, INFO, {"train": SAMPLES, "val": SAMPLES, split: nothing})
+    message = rf"^finetune\.{key}: split '{split}' of 'tiny' has no object in its 2 images"
+    with pytest.raises(DataError, match=message):
+        finetune("detector", detecting)
+    assert not (detecting / "runs").exists()
 
 
 def test_segmenters_are_no_detectors(detecting: Path) -> None:

@@ -94,6 +94,14 @@ def test_steps_of_the_rate() -> None:
         OptimConfig(lr=1e-3, milestones=(3,))
     with pytest.raises(ValueError, match=r"found \[\] with schedule 'step'"):
         OptimConfig(lr=1e-3, schedule="step")
+    for milestones in ((5, 5), (5, 2)):
+        with pytest.raises(ValueError, match=r"milestones: found .* expected ascending ones"):
+            OptimConfig(lr=1e-3, schedule="step", milestones=milestones)
+
+
+def test_a_rate_that_would_rise_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"min_lr: found 1, expected at most lr, 0\.0005"):
+        OptimConfig(lr=5e-4, schedule="cosine", min_lr=1.0)
 
 
 def test_sgd_is_torch_s() -> None:

@@ -152,6 +152,17 @@ def test_diverging_run_stops_and_says_where(project: Path) -> None:
         train(project)
 
 
+def test_a_checkpoint_holds_numbers(project: Path) -> None:
+    params = small_params()
+    params["finetune"]["optim"] |= {"lr": 1e30, "warmup_steps": 0}
+    params["finetune"]["fit"] |= {"log_every_steps": 6, "checkpoint_every_steps": 2}
+    config = load_config(write_params(project, params))
+    with pytest.raises(DivergedError, match=r"^weights became infinite or no numbers by step 2"):
+        train(project)
+    job, _ = plan_job(config, "finetune", "segmenter", project)
+    assert newest_checkpoint(job.run_dir / "checkpoints", job.fingerprint) is None
+
+
 def test_one_image_for_a_batchnorm_behind_one_cell(project: Path) -> None:
     params = small_params()
     params["finetune"]["fit"]["global_batch"] = 1

@@ -52,7 +52,7 @@ from xattn.train.distributed import (
     to_device,
     wait_for_all,
 )
-from xattn.train.engine import State, StepLog, fit
+from xattn.train.engine import State, StepLog, check_finite, fit
 from xattn.train.history import History
 from xattn.train.optim import build_optimizer
 
@@ -279,9 +279,11 @@ class _Observer:
     def after_step(self, state: State) -> None:
         fit_config = self._job.recipe.fit
         is_last = state.step == fit_config.steps
+        is_due = is_last or state.step % fit_config.checkpoint_every_steps == 0
+        if self._ranks.is_first and is_due:
+            check_finite(state)
         if is_last or state.step % self._job.recipe.validate_on.every_steps == 0:
             self._validate(state)
-        is_due = state.step % fit_config.checkpoint_every_steps == 0
         if self._ranks.is_first and is_due and not is_last:
             self._save(state)
 

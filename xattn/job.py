@@ -13,7 +13,7 @@ from xattn.config import Config, FinetuneConfig, FinetuneDetectors, PretrainConf
 from xattn.data.index import ShardIndex
 from xattn.data.order import check_divides
 from xattn.errors import CheckpointError, ConfigError, UnknownNameError
-from xattn.models.multibox import INPUT_SIDE_PX
+from xattn.models.multibox import check_input_side
 from xattn.models.weights import WEIGHTS_SUFFIXES
 from xattn.models.zoo import list_models
 from xattn.places import run_dir, shards_dir
@@ -99,7 +99,9 @@ def plan_job(config: Config, stage: Stage, run: str, base: Path) -> tuple[TrainJ
         near = UnknownNameError(f"{recipe.task} model", spec.model, models)
         raise ConfigError(f"{section}.{run}.model: {near}")
     if isinstance(recipe, FinetuneDetectors):
-        _check_sizes(recipe)
+        check_input_side("finetune.augment.size", recipe.augment.size)
+        size = recipe.validate_on.transform.size
+        check_input_side("finetune.validate_on.transform.size", size)
     if config.cluster.backend == "ray":
         check_divides(recipe.fit.global_batch, config.cluster.workers)
     shards = shards_dir(base, spec.dataset).resolve()
@@ -129,20 +131,6 @@ def plan_job(config: Config, stage: Stage, run: str, base: Path) -> tuple[TrainJ
         loader_threads=config.cluster.loader_threads,
     )
     return job, covered
-
-
-def _check_sizes(recipe: FinetuneDetectors) -> None:
-    """Raise a ConfigError for what the first step, or only the first validation, would stop at."""
-    sizes = {
-        "augment.size": recipe.augment.size,
-        "validate_on.transform.size": recipe.validate_on.transform.size,
-    }
-    for key, size in sizes.items():
-        if size != INPUT_SIDE_PX:
-            raise ConfigError(
-                f"finetune.{key}: found {size}, expected {INPUT_SIDE_PX}, which the default boxes "
-                "are made for"
-            )
 
 
 def _resolve_init(init: str, base: Path, key: str) -> Path | None:

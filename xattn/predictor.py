@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from xattn.data.augment_detection import DetectionEval
+from xattn.data.index import DECODE_ERRORS
 from xattn.data.pixels import Size
 from xattn.data.transforms import ClassificationEval, SegmentationEval
 from xattn.errors import CheckpointError, DataError
@@ -145,7 +146,7 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
             return np.array(_to_8_bit(image).convert("RGB"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODE_ERRORS as error:
         raise DataError(f"{path}: cannot be read as an image ({error})") from None
 
 

@@ -9,6 +9,7 @@ import torch
 
 from xattn.config import Config
 from xattn.data.index import ShardIndex
+from xattn.data.loader import check_has_objects
 from xattn.errors import ConfigError
 from xattn.evaluate.cost import count_macs, count_params
 from xattn.evaluate.inference import HEADLINE
@@ -54,8 +55,13 @@ def train_run(
 def _check_beforehand(job: TrainJob) -> None:
     """Find now what a worker would stumble over later, and forget a result that was damaged."""
     index = ShardIndex.open(job.shards)
-    for split in (job.recipe.train_split, job.recipe.validate_on.split):
+    for key, split in (
+        ("train_split", job.recipe.train_split),
+        ("validate_on.split", job.recipe.validate_on.split),
+    ):
         index.split(split)
+        if job.recipe.task == "detection" and "detection" in index.info.tasks:
+            check_has_objects(index, split, f"{job.stage}.{key}")
     spec = job.spec
     section = "pretrain_runs" if job.stage == "pretrain" else "runs"
     with torch.device("meta"):

@@ -7,7 +7,8 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from xattn.config import EvaluateConfig
 from xattn.data.index import ShardIndex, ShardReader
-from xattn.data.loader import build_eval_loader, decode_image
+from xattn.data.loader import build_eval_loader, check_has_objects, decode_image
 from xattn.data.transforms import SegmentationEval
 from xattn.errors import ConfigError, DataError, UnknownNameError
 from xattn.evaluate.detection import (
@@ -45,9 +46,10 @@ from xattn.evaluate.inference import (
 )
 from xattn.evaluate.segmentation import DISTANCE_CROP_UP_PX, SegmentationScores
 from xattn.memory import keep_freed_memory, memory_in_words
+from xattn.models.multibox import check_input_side
 from xattn.models.pyramid import COARSEST_STRIDE
 from xattn.predictor import Predictor, Transform, load_predictor
-from xattn.storage import read_json, refused_disk, write_atomic, write_json, write_text
+from xattn.storage import alone_in, read_json, refused_disk, write_atomic, write_json, write_text
 from xattn.structures import IGNORE_INDEX, Batch, DatasetInfo, Progress, Task, identity_mean
 
 
@@ -88,6 +90,9 @@ def evaluate_model(
         "classification": config.classification,
         "detection": config.detection,
     }
+    if task == "detection":
+        check_input_side("evaluate.detection.size", config.detection.size)
+        check_has_objects(index, config.split, "evaluate.split")
     predictor = load_predictor(model_dir, config.device, transforms[task])
     if predictor.device.type == "cpu":
         keep_freed_memory()
@@ -97,47 +102,66 @@ def evaluate_model(
             f"'{card['run']}', which was trained on '{card['dataset']}'"
         )
     num_images = index.split(config.split).count
-    # Beside the old result, which stays until the new one is whole.
-    draft = out.with_name(f".{out.name}.partial")
-    with refused_disk(out):
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+    if detections is not None:
+        with refused_disk(detections):
+            detections.mkdir(parents=True, exist_ok=True)
     seen: list[SeenImage] = []
-    pictures = _Pictures(index, config, draft / "pictures")
-    again = config.multi_scale if task == "segmentation" else None
-    watch = _Watch(num_images * (1 if again is None else 2), on_progress)
+    with _replacing(out) as draft:
+        pictures = _Pictures(index, config, draft / "pictures")
+        again = config.multi_scale if task == "segmentation" else None
+        watch = _Watch(num_images * (1 if again is None else 2), on_progress)
 
-    def on_batch(batch: Batch, prediction: Tensor | list[SeenImage]) -> None:
-        pictures.keep(batch, prediction)
-        if detections is not None and isinstance(prediction, list):
-            seen.extend(prediction)
-        watch.add(len(batch.keys))
+        def on_batch(batch: Batch, prediction: Tensor | list[SeenImage]) -> None:
+            pictures.keep(batch, prediction)
+            if detections is not None and isinstance(prediction, list):
+                seen.extend(prediction)
+            watch.add(len(batch.keys))
 
-    with memory_in_words(f"evaluate.batch: found {config.batch}"):
-        scores = _score(predictor, index, config, on_batch)
-        images, rate = watch.done, watch.rate
-        second = None if again is None else _score_again(predictor, index, config, again, watch)
-    pictures.keep_attention(predictor)
-    named = _metrics(scores, small_ids)
-    if second is not None:
-        named |= {f"{name}_ms": value for name, value in _metrics(second, small_ids).items()}
-    metrics = {
-        "run": card["run"],
-        "dataset": card["dataset"],
-        "split": config.split,
-        "images": images,
-        "protocol": _protocol(config, task),
-        **{name: round(value, 6) for name, value in named.items()},
-        "images_per_s": round(rate, 2),
-        "device": _device_name(predictor.device),
-    }
-    write_text(draft / "per_class.csv", per_class_csv(scores, index.info.class_names))
-    write_json(draft / "metrics.json", metrics)
-    shutil.rmtree(out, ignore_errors=True)
-    draft.rename(out)
+        with memory_in_words(f"evaluate.batch: found {config.batch}"):
+            scores = _score(predictor, index, config, on_batch)
+            images, rate = watch.done, watch.rate
+            second = None if again is None else _score_again(predictor, index, config, again, watch)
+        pictures.keep_attention(predictor)
+        named = _metrics(scores, small_ids)
+        if second is not None:
+            named |= {f"{name}_ms": value for name, value in _metrics(second, small_ids).items()}
+        metrics = {
+            "run": card["run"],
+            "dataset": card["dataset"],
+            "split": config.split,
+            "images": images,
+            "protocol": _protocol(config, task),
+            **{name: round(value, 6) for name, value in named.items()},
+            "images_per_s": round(rate, 2),
+            "device": _device_name(predictor.device),
+        }
+        write_text(draft / "per_class.csv", per_class_csv(scores, index.info.class_names))
+        write_json(draft / "metrics.json", metrics)
     if detections is not None:
         write_detections(detections, seen, index.info, config.split)
     return metrics
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """Give an empty folder, which takes the place of `out` when the body is done.
+
+    Until then, and if the body fails, the old one stays.
+
+    Raises:
+        DataError: another process is at it.
+    """
+    draft = out.with_name(f".{out.name}.partial")
+    with alone_in(out):
+        with refused_disk(out):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        try:
+            yield draft
+            shutil.rmtree(out, ignore_errors=True)
+            draft.rename(out)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_detections(

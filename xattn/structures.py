@@ -80,6 +80,11 @@ class Box:
     crowd: bool = False
     area: float | None = None
 
+    @property
+    def is_sought(self) -> bool:
+        """Whether it is to be learnt and to be found."""
+        return not self.difficult and not self.crowd
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,6 +71,17 @@ def record_dtype(key_bytes: int) -> np.dtype[np.void]:
 def records_name(split: str) -> str:
     """Return the file name of a split's rows."""
     return f"{split}.index.npy"
+
+
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What PIL raises for broken files."""
 
 
 def decode_mask(data: bytes) -> npt.NDArray[np.uint8]:

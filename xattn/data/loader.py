@@ -345,7 +345,7 @@ class _Samples:
             elif self._field == "mask":
                 target = torch.from_numpy(np.take(self._targets, decode_mask(fields["mask"])))
             else:
-                objects = tuple(Box(**row) for row in json.loads(fields["boxes"]))
+                objects = _boxes(fields["boxes"])
                 target = _box_target(objects)
         except (RuntimeError, OSError, ValueError, TypeError) as error:
             place = self._reader.place(position)
@@ -390,6 +390,29 @@ def _check_fit(
         )
 
 
+def check_has_objects(index: ShardIndex, split: str, key: str) -> None:
+    """Look for an object in a detection split, as far as the first one; damage is left to training.
+
+    Raises:
+        DataError: there is none but difficult ones and crowds; the message opens with `key`.
+    """
+    reader = ShardReader(index, split)
+    for position in range(len(reader)):
+        try:
+            if any(box.is_sought for box in _boxes(reader.read(position)["boxes"])):
+                return
+        except (DamageError, KeyError, ValueError, TypeError):
+            continue
+    raise DataError(
+        f"{key}: split '{split}' of '{index.info.name}' has no object in its {len(reader)} images "
+        "that is neither difficult nor a crowd"
+    )
+
+
+def _boxes(data: bytes) -> tuple[Box, ...]:
+    return tuple(Box(**row) for row in json.loads(data))
+
+
 def decode_image(data: bytes) -> Tensor:
     """Decode a JPEG or PNG file to (3, H, W) uint8 RGB.
 
@@ -415,7 +438,7 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
 
 def _box_target(objects: Sequence[Box]) -> BoxTarget:
     """Return the boxes (M, 4) and labels (M,) of the objects that are to be learnt."""
-    learnt = [box for box in objects if not box.difficult and not box.crowd]
+    learnt = [box for box in objects if box.is_sought]
     corners = [(box.x1, box.y1, box.x2, box.y2) for box in learnt]
     boxes = torch.tensor(corners, dtype=torch.float32).view(-1, 4)
     return BoxTarget(boxes, torch.tensor([box.class_id for box in learnt], dtype=torch.int64))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from xattn.data.datasets import Entry
-from xattn.data.index import SUFFIXES, TAR_BLOCK_BYTES, decode_mask, record_dtype
+from xattn.data.index import DECODE_ERRORS, SUFFIXES, TAR_BLOCK_BYTES, decode_mask, record_dtype
 from xattn.data.stored import Recode, recode
 from xattn.errors import DataError
 from xattn.remote import Bucket
@@ -30,7 +30,6 @@ from xattn.structures import Box, DatasetInfo, Sample
 KEY_BYTES = 88
 """Longest key: a ustar name without a directory has 100, the longest suffix 11."""
 _MAX_SIDE_PX = 65535
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +261,7 @@ class _Counts:
     ) -> npt.NDArray[np.int64]:
         try:
             mask = decode_mask(data)
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise _broken(sample, f"the mask cannot be decoded: {error}") from error
         if mask.shape != sides:
             raise _broken(sample, f"the mask has (height, width) {mask.shape}, the image {sides}")
@@ -338,7 +337,7 @@ def rows_of_tar(path: Path, number: int) -> npt.NDArray[np.void]:
                     with Image.open(io.BytesIO(data)) as image:
                         sides[key] = image.size[1], image.size[0]
         filled = [(key.encode(), number, *spans, *sides[key]) for key, spans in rows.items()]
-    except (tarfile.TarError, KeyError, AttributeError, *_DECODE_ERRORS) as error:
+    except (tarfile.TarError, KeyError, AttributeError, *DECODE_ERRORS) as error:
         raise DataError(f"{path}: not a shard of ours ({error})") from error
     return np.array(filled, record_dtype(KEY_BYTES))
 
@@ -362,7 +361,7 @@ def _image_size(sample: Sample) -> tuple[int, int]:
         with Image.open(io.BytesIO(sample.image)) as image:
             width, height = image.size
             found = image.format
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise _broken(sample, f"the image cannot be decoded: {error}") from error
     # MPO: a JPEG with further pictures behind the first, as some cameras store it.
     if found not in {"jpg": ("JPEG", "MPO"), "png": ("PNG",)}[sample.image_format]:

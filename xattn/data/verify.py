@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from xattn.data.index import (
+    DECODE_ERRORS,
     INDEX_NAME,
     SUFFIXES,
     TAR_BLOCK_BYTES,
@@ -34,7 +35,6 @@ RESHARD = "the raw files were like this: mend them, then `xattn shard`"
 REMOVE = "remove it"
 
 _MAX_LOCATED = 10
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +254,7 @@ def _check_samples(
                 stream.seek(offset)
                 try:
                     fault = fault_of(stream.read(size), sides, info)
-                except _DECODE_ERRORS as error:
+                except DECODE_ERRORS as error:
                     fault = f"the {field} cannot be decoded ({error})"
                 if fault:
                     yield Finding(name, bytes(row["key"]).decode(), offset, fault, RESHARD)

@@ -167,12 +167,12 @@ def _mean(values: Floats) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def found_in(detections: Iterable[Mapping[str, Tensor]], first: int = 0) -> Found:
-    """Gather a recipe's decoded detections, an image each, which are numbered from `first`."""
+def found_in(detections: Iterable[Mapping[str, Tensor]]) -> Found:
+    """Gather a recipe's decoded detections, an image each, which are numbered from 0."""
     parts = list(detections)
     counts = [len(part["scores"]) for part in parts]
     return Found(
-        images=np.repeat(np.arange(first, first + len(parts)), counts),
+        images=np.repeat(np.arange(len(parts)), counts),
         labels=_column([part["labels"] for part in parts]).astype(np.int64),
         scores=_column([part["scores"] for part in parts]),
         boxes=_column([part["boxes"].reshape(-1) for part in parts]).reshape(-1, 4),
@@ -184,28 +184,18 @@ def _column(parts: Sequence[Tensor]) -> Floats:
     return np.concatenate(arrays) if arrays else np.zeros(0)
 
 
-def objects_in(boxes: Iterable[Sequence[Box]], first: int = 0) -> Objects:
-    """Gather the objects of images, a sequence each, which are numbered from `first`.
+def objects_in(boxes: Iterable[Sequence[Box]]) -> Objects:
+    """Gather the objects of images, a sequence each, which are numbered from 0.
 
     A crowd counts as difficult: it need not be found, and its members are not false.
     """
-    rows = [(image, box) for image, own in enumerate(boxes, first) for box in own]
+    rows = [(image, box) for image, own in enumerate(boxes) for box in own]
     corners = [(box.x1, box.y1, box.x2, box.y2) for _, box in rows]
     return Objects(
         images=np.array([image for image, _ in rows], dtype=np.int64),
         labels=np.array([box.class_id for _, box in rows], dtype=np.int64),
         boxes=np.array(corners, dtype=np.float64).reshape(-1, 4),
-        difficult=np.array([box.difficult or box.crowd for _, box in rows], dtype=np.bool_),
-    )
-
-
-def join(parts: Sequence[Found]) -> Found:
-    """Return the detections of all parts, e.g. of the ranks; there must be one at least."""
-    return Found(
-        images=np.concatenate([part.images for part in parts]),
-        labels=np.concatenate([part.labels for part in parts]),
-        scores=np.concatenate([part.scores for part in parts]),
-        boxes=np.concatenate([part.boxes for part in parts]),
+        difficult=np.array([not box.is_sought for _, box in rows], dtype=np.bool_),
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xattn.errors import ConfigError
 from xattn.structures import BoxTarget, MeanOverRanks
 
 BoxSizes = Literal["voc", "coco"]
@@ -53,6 +54,14 @@ class MultiBoxOutputs(NamedTuple):
     offsets: Tensor
     logits: Tensor
     defaults_cxcywh: Tensor
+
+
+def check_input_side(key: str, size: int) -> None:
+    """Raise a ConfigError that names `key` if a side, px, is not the one that detectors take."""
+    if size != INPUT_SIDE_PX:
+        raise ConfigError(
+            f"{key}: found {size}, expected {INPUT_SIDE_PX}, which the default boxes are made for"
+        )
 
 
 def default_boxes(sizes: BoxSizes = "voc") -> Tensor:

@@ -98,7 +98,7 @@ def create_recipe(
         info: the data set; gives the number of classes.
         loss: numbers of the loss that differ from the papers', see the model's `Objective`:
             normalise ("all" or "valid" pixels) for segmentation, auxiliary_weight where there is an
-            auxiliary head, label_smoothing for classification.
+            auxiliary head, label_smoothing for classification, negatives for detection.
         **overrides: as in `create_model`.
 
     Raises:

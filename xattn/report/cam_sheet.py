@@ -19,6 +19,7 @@ from xattn.report.overlay import INK, PAPER, QUIET, Colour, Picture, font
 
 _COLUMNS = 3
 _PANEL_PX = 480  # width: tags of boxes fit
+_HIGHEST_PX = 960  # of a panel; the image of a high one is narrower than it
 _GAP_PX = 12
 _LINE_PX = 20
 
@@ -48,8 +49,8 @@ def draw_cam_sheet(
         maps: (words, (H, W) in [0, 1]) of each panel.
         caption: lines above the panels.
     """
-    height = max(1, round(_PANEL_PX * image.shape[0] / image.shape[1]))
-    size = _PANEL_PX, height
+    scale = min(_PANEL_PX / image.shape[1], _HIGHEST_PX / image.shape[0])
+    size = max(1, round(scale * image.shape[1])), max(1, round(scale * image.shape[0]))
     small = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
     panels = [("image", _with_boxes(small, image, detections))]
     for words, values in maps:
@@ -62,8 +63,10 @@ def draw_cam_sheet(
 
 def _with_boxes(small: Image.Image, image: Picture, detections: Detections) -> Image.Image:
     factor = np.array([small.width / image.shape[1], small.height / image.shape[0]] * 2)
+    panel = Image.new("RGB", (_PANEL_PX, small.height), PAPER)
+    panel.paste(small)
     return draw_boxes(
-        np.asarray(small),
+        np.asarray(panel),
         detections.boxes * factor,
         detections.labels,
         detections.scores,

@@ -25,6 +25,7 @@ IGNORE_COLOUR = (224, 224, 224)
 """What `colourise` paints ignored pixels: lighter than the colours that classes usually have."""
 
 _MIN_WIDTH_PX = 480  # two legend columns fit
+_MAX_HEIGHT_PX = 4096  # that narrow pictures are enlarged to
 _FONT_PX = 13
 _LINE_PX = 22
 _MARGIN_PX = 12
@@ -122,8 +123,8 @@ def draw_label(image: Picture, labels: Sequence[tuple[str, float]]) -> Image.Ima
         labels: (class name, probability in [0, 1]), in the order to draw.
     """
     picture = Image.fromarray(enlarge(image, enlargement(image)))
-    width = picture.width
     canvas = _extended(picture, len(labels) * _LINE_PX + 2 * _MARGIN_PX)
+    width = canvas.width
     draw = ImageDraw.Draw(canvas)
     bar_left, bar_right = width // 2, width - _MARGIN_PX - 64
     for row, (name, probability) in enumerate(labels):
@@ -165,8 +166,9 @@ def _blend(
 
 
 def enlargement(image: Picture) -> int:
-    """Return the whole factor that makes a picture wide enough for its legend."""
-    return max(1, math.ceil(_MIN_WIDTH_PX / int(image.shape[1])))
+    """Return the whole factor that makes a picture wide enough for its legend, if not too high."""
+    height, width = map(int, image.shape[:2])
+    return max(1, min(math.ceil(_MIN_WIDTH_PX / width), _MAX_HEIGHT_PX // height))
 
 
 def enlarge(image: Picture, factor: int) -> Picture:
@@ -178,8 +180,9 @@ def enlarge(image: Picture, factor: int) -> Picture:
 
 
 def _extended(picture: Image.Image, height: int) -> Image.Image:
-    """Return the picture with `height` pixels of white paper below."""
-    canvas = Image.new("RGB", (picture.width, picture.height + height), PAPER)
+    """Return the picture with `height` pixels of white paper below, wide enough for a legend."""
+    width = max(picture.width, _MIN_WIDTH_PX)
+    canvas = Image.new("RGB", (width, picture.height + height), PAPER)
     canvas.paste(picture)
     return canvas
 
@@ -190,11 +193,11 @@ def with_legend(
     """Add (name, share, colour) lines below, in columns that are read from top to bottom."""
     longest = max((font().getlength(name) for name, _, _ in lines), default=0)
     column = math.ceil(min(longest, _LONGEST_NAME_PX)) + _BESIDE_NAME_PX
-    columns = max(1, (picture.width - _MARGIN_PX) // column)
+    columns = max(1, (max(picture.width, _MIN_WIDTH_PX) - _MARGIN_PX) // column)
     rows = math.ceil(len(lines) / columns)
     canvas = _extended(picture, rows * _LINE_PX + 2 * _MARGIN_PX)
     draw = ImageDraw.Draw(canvas)
-    pitch = min((picture.width - _MARGIN_PX) // columns, column + 2 * _MARGIN_PX)
+    pitch = min((canvas.width - _MARGIN_PX) // columns, column + 2 * _MARGIN_PX)
     for index, (name, share, colour) in enumerate(lines):
         left = _MARGIN_PX + index // rows * pitch
         top = picture.height + _MARGIN_PX + index % rows * _LINE_PX

@@ -143,6 +143,20 @@ def fit(
         window.forget_pause()
 
 
+def check_finite(state: State) -> None:
+    """Raise a DivergedError if a weight or what the optimiser keeps of it is no finite number.
+
+    The loss tells one step later: without this a checkpoint could hold what no restart mends.
+    """
+    kept = (value for slot in state.optimizer.state.values() for value in slot.values())
+    tensors = [*state.model.state_dict().values(), *(v for v in kept if isinstance(v, Tensor))]
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise DivergedError(
+            f"weights became infinite or no numbers by step {state.step}; lower optim.lr or set "
+            "fit.clip_norm"
+        )
+
+
 @contextmanager
 def _batch_in_words(global_batch: int, own: int) -> Iterator[None]:
     """Make one line of what torch says of a batch that is too large or too small."""

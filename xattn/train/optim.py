@@ -31,8 +31,8 @@ class OptimConfig(BaseModel):
         schedule: "poly" (power 1 is a straight line) or "cosine", down to `min_lr`; or "step".
         power: exponent of the poly schedule.
         min_lr: learning rate at the last step, for a multiplier of one.
-        milestones: steps of the schedule "step", at each of which the rate falls to a tenth; those
-            at or beyond the last step never come.
+        milestones: ascending steps of the schedule "step", at each of which the rate falls to a
+            tenth; those at or beyond the last step never come.
         warmup_steps: steps of linear warm-up, which multiplies the schedule.
         warmup_start: the factor at step 0.
         update_every_steps: the rate changes after so many steps; 1 is every step, as in
@@ -61,12 +61,16 @@ class OptimConfig(BaseModel):
     decay_vectors: bool = True
 
     @model_validator(mode="after")
-    def _check_milestones(self) -> Self:
+    def _check_schedule(self) -> Self:
         if (self.schedule == "step") != bool(self.milestones):
             raise ValueError(
                 f"milestones: found {list(self.milestones)} with schedule '{self.schedule}', "
                 "expected some with 'step' and none with another"
             )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: found {list(self.milestones)}, expected ascending ones")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr: found {self.min_lr:g}, expected at most lr, {self.lr:g}")
         return self
 
 

@@ -6,7 +6,6 @@ in pixels, as in PIL.
 
 import io
 import os
-import struct
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from xattn.data.index import DECODE_ERRORS
 from xattn.errors import DataError, UnknownNameError
 from xattn.structures import Sample
-
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-"""What PIL raises for broken files."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
