@@ -35,7 +35,7 @@ def take_turns(peers: Mapping[str, Peer], turns: int) -> dict[str, dict[str, lis
         XattnError: a peer ended.
     """
     with ExitStack() as stack:
-        running = {name: stack.enter_context(_Process(peer)) for name, peer in peers.items()}
+        running = {name: stack.enter_context(_Process(name, *peer)) for name, peer in peers.items()}
         rounds = [
             {name: process.turn() for name, process in running.items()} for _ in range(turns + 1)
         ][1:]
@@ -46,10 +46,13 @@ def take_turns(peers: Mapping[str, Peer], turns: int) -> dict[str, dict[str, lis
 
 
 class _Process:
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, name: str, build: Callable[[], Turn], keeps_memory: bool) -> None:
         context = get_context("spawn")
+        self._name = name
         self._ours, self._theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self._theirs, *peer), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(self._theirs, build, keeps_memory), daemon=True
+        )
 
     def __enter__(self) -> "_Process":
         self._process.start()
@@ -62,7 +65,9 @@ class _Process:
             measured: dict[str, float] = self._ours.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join()
-            raise XattnError(f"a peer ended with exit code {self._process.exitcode}") from error
+            code = self._process.exitcode
+            hint = ": killed, mostly for want of memory; lower the batch" if code == -9 else ""
+            raise XattnError(f"peer '{self._name}' ended with exit code {code}{hint}") from error
         return measured
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 """Interleaved turns of processes. Imports no torch, which every one of them would import too."""
 
 import os
+import signal
 from functools import partial
 
 import pytest
@@ -21,10 +22,19 @@ def test_peers_take_turns_in_processes_of_their_own():
     assert len(processes - {os.getpid()}) == 2
 
 
+def _be_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_peer_that_is_killed_may_have_had_too_little_memory():
+    with pytest.raises(XattnError, match="peer 'big' ended with exit code -9: killed, mostly for"):
+        take_turns({"big": Peer(_be_killed, False)}, turns=1)
+
+
 def _end():
     os._exit(3)
 
 
 def test_a_peer_that_ends_is_told():
-    with pytest.raises(XattnError, match="exit code 3"):
+    with pytest.raises(XattnError, match=r"^peer 'ends' ended with exit code 3$"):
         take_turns({"ends": Peer(_end, False)}, turns=1)

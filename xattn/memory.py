@@ -4,8 +4,6 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from xattn.errors import CapacityError
 
 # malloc.h
@@ -41,6 +39,8 @@ def memory_in_words(setting: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        import torch  # noqa: PLC0415 (who computes has it; who only times others need not)
+
         said = str(error).strip().splitlines()[0]
         if not isinstance(error, torch.OutOfMemoryError) and _CPU_REFUSAL not in said:
             raise
