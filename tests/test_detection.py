@@ -53,16 +53,14 @@ INFO = DatasetInfo(
 STILL = DetectionAugment(size=40, photometric=False, zoom_out=0.0, min_ious=(), flip=0.0)
 
 
+def encode(pixels: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
 def jpeg(height: int, width: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((height, width, 3), 99, np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def noise(rng: np.random.Generator, side: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return encode(np.full((height, width, 3), 99, np.uint8))
 
 
 SAMPLES = [
@@ -239,7 +237,8 @@ def test_two_ranks_detect_as_one(detecting: Path) -> None:
     samples = []
     for number in range(12):
         box = Box(number % 2, *rng.uniform(0, 4, 2).tolist(), *rng.uniform(60, 64, 2).tolist())
-        samples.append(Sample(f"{number}", noise(rng, 64), "jpg", "raw", boxes=(box,)))
+        pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+        samples.append(Sample(f"{number}", encode(pixels), "jpg", "raw", boxes=(box,)))
     shutil.rmtree(shards := detecting / "data/shards/objects")
     write_samples(shards, INFO, {"train": samples, "val": samples[:5]})
     params = detection_params()
@@ -379,6 +378,13 @@ def test_a_split_without_objects_is_told_before_training(
     with pytest.raises(DataError, match=message):
         finetune("detector", detecting)
     assert not (detecting / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "val-000000.tar"])
+def test_a_lost_shard_is_damage_and_no_lack_of_objects(detecting: Path, name: str) -> None:
+    (detecting / "data/shards/objects" / name).unlink()
+    with pytest.raises(DamageError, match=name):
+        finetune("detector", detecting)
 
 
 def test_segmenters_are_no_detectors(detecting: Path) -> None:

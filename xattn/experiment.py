@@ -11,6 +11,7 @@ job goes on where it was and a changed job never meets old state:
 """
 
 import logging
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -33,7 +34,7 @@ from xattn.evaluate.inference import (
     score_detection,
     score_segmentation,
 )
-from xattn.job import Stage, TrainJob, git_commit, plan_job
+from xattn.job import Stage, TrainJob, plan_job
 from xattn.memory import keep_freed_memory, memory_in_words
 from xattn.models.weights import load_weights, save_weights
 from xattn.models.zoo import create_recipe
@@ -280,7 +281,7 @@ class _Observer:
         fit_config = self._job.recipe.fit
         is_last = state.step == fit_config.steps
         is_due = is_last or state.step % fit_config.checkpoint_every_steps == 0
-        if self._ranks.is_first and is_due:
+        if is_due:  # on every rank, so that none waits for one that has stopped
             check_finite(state)
         if is_last or state.step % self._job.recipe.validate_on.every_steps == 0:
             self._validate(state)
@@ -295,7 +296,8 @@ class _Observer:
             self._logger.close()
 
     def _validate(self, state: State) -> None:
-        with memory_in_words(f"validate_on.batch: found {self._job.recipe.validate_on.batch}"):
+        batch = self._job.recipe.validate_on.batch
+        with memory_in_words(f"{self._job.stage}.validate_on.batch: found {batch}"):
             scores = validate(self._job, self._index, self._recipe, self._ranks)
         state.model.train()
         self.scores = dict(metrics_of(scores))
@@ -359,3 +361,15 @@ def _publish(job: TrainJob, state: State, scores: dict[str, float], wall_s: floa
         "weights_sha256": sha256_file(weights),
     }
     write_json(job.final_dir / "summary.json", summary)
+
+
+def git_commit(base: Path) -> str:
+    """Return the folder's commit, with "-dirty" when files differ; without git "unknown"."""
+    # Without a tag that fits, --always gives the commit.
+    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    command = ["git", "-C", str(base), *describe]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

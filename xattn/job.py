@@ -4,7 +4,6 @@ The fingerprint covers everything that can change the result: settings, data, in
 the code of the training path.
 """
 
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -166,15 +165,3 @@ def code_fingerprint() -> str:
         for file in ([package / name] if name.endswith(".py") else (package / name).glob("*.py"))
     )
     return sha256_json({str(file.relative_to(package)): sha256_file(file) for file in files})
-
-
-def git_commit(base: Path) -> str:
-    """Return the folder's commit, with "-dirty" when files differ; without git "unknown"."""
-    # Without a tag that fits, --always gives the commit.
-    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    command = ["git", "-C", str(base), *describe]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()

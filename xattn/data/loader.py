@@ -391,7 +391,9 @@ def _check_fit(
 
 
 def check_has_objects(index: ShardIndex, split: str, key: str) -> None:
-    """Look for an object in a detection split, as far as the first one; damage is left to training.
+    """Look for an object in a detection split, as far as the first one or the first damage.
+
+    Damage is left to who reads the split, who names it.
 
     Raises:
         DataError: there is none but difficult ones and crowds; the message opens with `key`.
@@ -399,10 +401,11 @@ def check_has_objects(index: ShardIndex, split: str, key: str) -> None:
     reader = ShardReader(index, split)
     for position in range(len(reader)):
         try:
-            if any(box.is_sought for box in _boxes(reader.read(position)["boxes"])):
-                return
+            boxes = _boxes(reader.read(position)["boxes"])
         except (DamageError, KeyError, ValueError, TypeError):
-            continue
+            return
+        if any(box.is_sought for box in boxes):
+            return
     raise DataError(
         f"{key}: split '{split}' of '{index.info.name}' has no object in its {len(reader)} images "
         "that is neither difficult nor a crowd"
